@@ -1,0 +1,138 @@
+"""What every command shares: settings, options, how a report or an error is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hlcli import logs
+from hlcli.exitcodes import MEANINGS, ExitCode, HlcliError, exit_code_for
+
+if TYPE_CHECKING:
+    from hlcli.jobs import Report
+    from hlcli.settings import Settings
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+FailIfLocked = Annotated[
+    bool, typer.Option("--fail-if-locked", help="Exit 6 instead of 0 when another run holds the lock.")
+]
+
+
+@dataclass(slots=True)
+class _Root:
+    """The options before the command's name."""
+
+    env_file: Path | None = None
+    debug: bool = False
+    verbose: bool = False
+    log_format: str | None = None
+
+
+root = _Root()
+
+
+def settings() -> Settings:
+    """Settings of this process; the first call also sets up the log. Raises ConfigError."""
+    from hlcli.settings import load
+
+    loaded = load(root.env_file)
+    json_lines = (root.log_format or loaded.hlcli_log_format) == "json"
+    logs.setup(verbose=root.verbose or root.debug, json_lines=json_lines)
+    return loaded
+
+
+def epilog(example: str, *codes: ExitCode) -> str:
+    """The end of a command's help: an example and the exit codes that it can give."""
+    told = "; ".join(f"{int(code)} {MEANINGS[code]}" for code in (ExitCode.OK, *codes))
+    return f"Example:  {example}\n\nExit codes:  {told}."
+
+
+JOB_CODES = (ExitCode.PARTIAL, ExitCode.TEMPORARY, ExitCode.CONFIG, ExitCode.LOCKED)
+
+
+def duration(text: str | timedelta) -> timedelta:
+    """90s, 50m, 6h, 7d or plain seconds as a timedelta; a default comes as one already."""
+    if isinstance(text, timedelta):
+        return text
+    found = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,3})?)([smhd]?)", text.strip().lower())
+    if not found or not 0 < (seconds := float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]):
+        raise typer.BadParameter(f"{text!r} is no duration such as 90s, 50m, 6h or 7d")
+    return timedelta(seconds=min(seconds, 10 * 365 * 86400))
+
+
+def amount(text: str) -> Decimal:
+    """A finite decimal number."""
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not value.is_finite() or abs(value) >= Decimal("1e40"):
+        raise typer.BadParameter(f"{text!r} is no number")
+    return value
+
+
+def address(text: str) -> str:
+    """An address, in lower case."""
+    plain = text.strip().lower()
+    if not re.fullmatch(r"0x[0-9a-f]{40}", plain):
+        raise typer.BadParameter(f"{text!r} is no address (0x and 40 hex digits)")
+    return plain
+
+
+def show_report(report: Report, *, as_json: bool) -> None:
+    """Print what a job did, then exit with its code: JSON when asked, a summary on a terminal, else nothing."""
+    from hlcli import output
+
+    if as_json:
+        output.print_json(report.as_json())
+    elif sys.stdout.isatty():
+        _summary(report)
+    if report.exit_code is ExitCode.PARTIAL or (report.exit_code and not as_json):
+        logs.log.warning("%s: %s", report.channel.label, report.error or report.status)
+    raise typer.Exit(int(report.exit_code))
+
+
+def _summary(report: Report) -> None:
+    from hlcli import output
+
+    numbers = report.numbers
+    print(f"{report.channel.label}: {report.status} in {output.span(report.seconds)}")
+    if numbers:
+        rows = ", ".join(
+            f"{numbers[name]:,} {name.removeprefix('rows_')}"
+            for name in ("inserted", "updated", "unchanged", "duplicate", "rejected", "rows_failed")
+            if numbers[name]
+        )
+        print(f"  rows      {numbers['served']:,} served: {rows or 'none'}")
+        if numbers["requests"]:
+            print(f"  requests  {numbers['requests']:,}, weight {numbers['weight']:,}")
+    for name, value in report.details.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{count:,} {what}" for what, count in value.items()) or "none"  # noqa: PLW2901
+        print(f"  {name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"  {name.replace('_', ' ')}: {value}")
+
+
+def tell(error: BaseException) -> ExitCode:
+    """Print an error as one masked line (with --json as an object, with --debug after its traceback)."""
+    code = exit_code_for(error)
+    message = logs.one_line(error)
+    if code is ExitCode.BUG and not isinstance(error, HlcliError):
+        message = f"bug: {type(error).__name__}: {message} (--debug shows where)"
+    if root.debug:
+        import traceback
+
+        print(logs.redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+    if "--json" in sys.argv[1:]:
+        line: Any = json.dumps({"message_type": "exit_error", "code": int(code), "message": message})
+    else:
+        line = f"hlcli: {message}"
+    print(line, file=sys.stderr)
+    return code

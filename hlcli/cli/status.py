@@ -1,0 +1,80 @@
+"""`hlcli status`: is everything running?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hlcli.cli import common
+from hlcli.exitcodes import ExitCode
+
+if TYPE_CHECKING:
+    from hlcli.jobs.status import Status
+
+EPILOG = common.epilog("hlcli status --check --channel vaults", *common.JOB_CODES[:3])
+
+
+def status(
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit 3 when a channel failed or is stale (or missing, if named).")
+    ] = False,
+    channel: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this channel; may be repeated.")
+    ] = None,
+    as_json: common.Json = False,
+) -> None:
+    """Show each channel's health, its last success and rows, and the use of the API budget."""
+    from hlcli.jobs.status import read_status
+
+    found = read_status(common.settings(), channel or ())
+    _print_json(found) if as_json else _print(found)
+    raise typer.Exit(int(found.exit_code(named=bool(channel)) if check else ExitCode.OK))
+
+
+def _print_json(found: Status) -> None:
+    from hlcli import output
+
+    health: list[dict[str, Any]] = []
+    for each in found.health:
+        data = asdict(each)
+        data.update(channel=each.channel.label, cadence=each.channel.cadence)
+        health.append(data)
+    output.print_json(
+        {
+            "channels": health,
+            "budgets": [asdict(each) | {"limit": found.weight_per_minute} for each in found.budgets],
+        }
+    )
+
+
+def _print(found: Status) -> None:
+    from hlcli import output
+
+    output.print_table(
+        ["channel", "state", "last success", "ago", "rows", "rejected", "skips", "last run"],
+        [
+            [
+                each.channel.label,
+                each.state,
+                each.last_success,
+                each.age,
+                f"{each.rows:,}",
+                f"{each.rejected:,}",
+                each.skips,
+                _last(each.last_status, each.error),
+            ]
+            for each in found.health
+        ],
+    )
+    for use in found.budgets:
+        closed = f", closed until {use.blocked_until:%H:%M:%SZ}" if use.blocked_until else ""
+        print(
+            f"budget {output.printable(use.egress_key)}: {use.weight:,} of {found.weight_per_minute:,} weight"
+            f" in the last minute, {use.requests:,} requests{closed}"
+        )
+
+
+def _last(status: str | None, error: str | None) -> str:
+    return "never" if status is None else status if not error else f"{status}: {error[:200]}"

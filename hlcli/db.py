@@ -1,0 +1,69 @@
+"""Connections to PostgreSQL: one way to open one, with the settings that keep a short-lived job safe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hlcli.exitcodes import ConfigError
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+    from hlcli.settings import Settings
+
+MINIMUM_VERSION = 140000
+CONNECT_TIMEOUT = 10
+
+# Set after connecting, not through `options`: PgBouncer refuses start-up options that it does not know.
+# A stopped process must not hold its lock for ever, a lost client must be noticed, a query must end.
+_SESSION = """
+select set_config('TimeZone', 'UTC', false),
+       set_config('statement_timeout', '15min', false),
+       set_config('lock_timeout', '60s', false),
+       set_config('idle_in_transaction_session_timeout', '5min', false),
+       set_config('client_min_messages', 'warning', false),
+       set_config('search_path', current_schema(), false)
+"""
+
+
+def conninfo(settings: Settings) -> str:
+    """The connection string of the configured database; starts the embedded server when there is none."""
+    if settings.database_url is not None:
+        return settings.database_url
+    from hlcli import embedded
+
+    return embedded.ensure_running(settings.hlcli_home)
+
+
+def connect(settings: Settings, *, role: str = "hlcli", autocommit: bool = False) -> Connection[Any]:
+    """Open a connection in UTC with time-outs and keepalives.
+
+    `role` is what pg_stat_activity shows after "hlcli:".
+
+    Raises psycopg.OperationalError when the server is out of reach and ConfigError when it is too old.
+    """
+    import psycopg
+
+    connection = psycopg.connect(
+        conninfo(settings),
+        autocommit=True,
+        application_name=f"hlcli:{role}",
+        connect_timeout=CONNECT_TIMEOUT,
+        # A half-open connection is noticed within a minute, not within the kernel's two hours.
+        keepalives_idle=20,
+        keepalives_interval=10,
+        keepalives_count=3,
+        tcp_user_timeout=60_000,
+        # Named prepared statements do not survive a transaction pooler.
+        prepare_threshold=None,
+    )
+    try:
+        if connection.info.server_version < MINIMUM_VERSION:
+            found = connection.info.parameter_status("server_version")
+            raise ConfigError(f"PostgreSQL 14 or newer is needed, the server is {found}")
+        connection.execute(_SESSION)
+        connection.autocommit = autocommit
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,146 @@
+"""How every job runs: one connection that holds the lock and writes, a ledger row, an exit code, a ping.
+
+A job module declares `CHANNEL` and a function that opens a `running()` block, fetches from a source, loads in
+units, and returns nothing: the Report is made from what the run counted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hlcli import ledger, logs, migrations
+from hlcli.exitcodes import ExitCode, HlcliError, LockedError, exit_code_for
+from hlcli.jobs.ping import ping
+from hlcli.ledger import Channel, Run
+from hlcli.logs import log, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hlcli.settings import Settings
+
+FAILED_SHOWN = 20
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run did, for people and for --json; filled while the job runs."""
+
+    channel: Channel
+    status: str = "running"
+    exit_code: ExitCode = ExitCode.OK
+    run_id: str | None = None
+    seconds: float = 0.0
+    numbers: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    """Facts of this job: how many were selected, left for the next run, ..."""
+    failed: list[str] = field(default_factory=list)
+    """The first units that failed, each with its reason."""
+    error: str | None = None
+
+    def fail(self, unit: str, error: BaseException) -> None:
+        """Name a failed unit; the ledger keeps the first twenty."""
+        if len(self.failed) < FAILED_SHOWN:
+            self.failed.append(f"{unit}: {one_line(error)}")
+
+    def as_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["channel"], data["exit_code"] = self.channel.label, int(self.exit_code)
+        return data
+
+
+@dataclass(slots=True)
+class Job:
+    """A run that holds its channel's lock, and the report that it fills."""
+
+    run: Run
+    report: Report
+
+
+@contextmanager
+def running(
+    settings: Settings, channel: Channel, *, fail_if_locked: bool = False
+) -> Iterator[tuple[Report, Job | None]]:
+    """Run the block as a run of `channel`; the job is None, and nothing to do, when another run holds the lock.
+
+    The report is complete after the block. The status follows from what was counted: `partial` when some units
+    failed, `failed` when all did. An exception marks the run `failed` (a signal: `interrupted`) and goes on.
+
+    Raises LockedError with `fail_if_locked`, ConfigError for an old schema, psycopg.Error for the database.
+    """
+    started = time.monotonic()
+    report = Report(channel)
+    connection = migrations.connect_ready(settings, role=channel.name)
+    with connection:
+        locked_code = ExitCode.LOCKED if fail_if_locked else ExitCode.OK
+        run = ledger.begin(connection, channel, locked_code=locked_code)
+        if run is None:
+            report.status = "skipped"
+            log.warning("%s: another run holds the lock, skipped", channel.label)
+            if fail_if_locked:
+                raise LockedError(f"{channel.label}: another run holds the lock")
+            yield report, None
+            return
+        report.run_id = str(run.run_id)
+        logs.set_run_id(report.run_id)
+        ping(settings, channel.name, run.run_id, None)
+        try:
+            yield report, Job(run, report)
+            report.status, report.exit_code = _verdict(run)
+        except BaseException as error:
+            report.exit_code = exit_code_for(error)
+            stopped = report.exit_code in {ExitCode.INTERRUPTED, ExitCode.TERMINATED}
+            report.status = "interrupted" if stopped else "failed"
+            report.error = f"ended by signal, exit {int(report.exit_code)}" if stopped else one_line(error)
+            raise
+        finally:
+            if report.failed and report.error is None:
+                report.error = f"{run.units_failed} units failed, first: {report.failed[0]}"
+            report.seconds = round(time.monotonic() - started, 3)
+            report.numbers = {
+                **asdict(run.counts),
+                "units_ok": run.units_ok,
+                "units_failed": run.units_failed,
+                "rows_failed": run.rows_failed,
+                **run._spent(),  # noqa: SLF001
+            }
+            _close(settings, run, report)
+            ping(settings, channel.name, run.run_id, report.exit_code, report.error or "")
+            logs.set_run_id(None)
+    if run.counts.new_rejects:
+        log.warning(
+            "%s: %d rows quarantined for the first time, see table rejected_rows", channel.label, run.counts.new_rejects
+        )
+
+
+def _verdict(run: Run) -> tuple[str, ExitCode]:
+    if not run.units_failed:
+        return "ok", ExitCode.OK
+    return ("partial", ExitCode.PARTIAL) if run.units_ok else ("failed", ExitCode.TEMPORARY)
+
+
+def _close(settings: Settings, run: Run, report: Report) -> None:
+    """Close the ledger row, on a new connection when the run's own was lost; the next run would find it dead."""
+    import psycopg
+
+    details = {**report.details, **({"failed": report.failed} if report.failed else {})}
+    try:
+        run.finish(report.status, report.exit_code, report.error, details)
+    except psycopg.Error:
+        with suppress(psycopg.Error, HlcliError), migrations.connect_ready(settings, role="ledger") as other:
+            ledger.finish(other, run.run_id, report.status, report.exit_code, report.error, details)
+
+
+def channels() -> list[Channel]:
+    """The channel of every job module, in the order of their names."""
+    found = []
+    for module in pkgutil.iter_modules(__path__):
+        channel = getattr(importlib.import_module(f"{__name__}.{module.name}"), "CHANNEL", None)
+        if isinstance(channel, Channel):
+            found.append(channel)
+    return sorted(found, key=lambda channel: channel.label)

@@ -1,0 +1,57 @@
+"""`hlcli status`: how every channel is doing and how much of the API budget is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hlcli import ledger, migrations
+from hlcli.exitcodes import ExitCode, UsageError
+from hlcli.jobs import channels
+from hlcli.sqlfiles import query
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from hlcli.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetUse:
+    """The last 60 seconds of one egress key."""
+
+    egress_key: str
+    weight: int
+    requests: int
+    blocked_until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Everything that `hlcli status` shows."""
+
+    health: list[ledger.Health]
+    budgets: list[BudgetUse]
+    weight_per_minute: int
+
+    def exit_code(self, *, named: bool) -> ExitCode:
+        """PARTIAL when a channel failed or is stale; one that never ran counts only when asked for by name."""
+        bad = {"failed", "stale", "missing"} if named else {"failed", "stale"}
+        return ExitCode.PARTIAL if any(each.state in bad for each in self.health) else ExitCode.OK
+
+
+def read_status(settings: Settings, names: Sequence[str] = ()) -> Status:
+    """Read the state of all channels, or of those named "source/channel" or "channel".
+
+    Raises UsageError for an unknown name, ConfigError for an old schema.
+    """
+    known = channels()
+    chosen = [each for each in known if not names or each.label in names or each.name in names]
+    unknown = [name for name in names if not any(name in (each.label, each.name) for each in known)]
+    if unknown:
+        raise UsageError(f"no channel {unknown[0]!r}; there are {', '.join(each.label for each in known)}")
+    with migrations.connect_ready(settings, role="status") as connection:
+        health = [ledger.health(connection, channel) for channel in chosen]
+        rows: list[tuple[Any, ...]] = connection.execute(query("ledger", "budget")).fetchall()
+    return Status(health, [BudgetUse(*row) for row in rows], settings.hl_api_weight_per_minute)

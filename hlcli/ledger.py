@@ -1,0 +1,236 @@
+"""The ledger of runs, the lock that keeps a job single, and the health that both tell.
+
+The lock is a session-level advisory lock on the very connection that writes: a process that lost its lock has lost
+its connection and cannot commit. A killed process frees it at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import zlib
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+from hlcli import __version__
+from hlcli.exitcodes import ConfigError, ExitCode
+from hlcli.loader import Counts
+from hlcli.migrations import LOCK_NAMESPACE
+from hlcli.sqlfiles import query
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from psycopg import Connection
+
+    from hlcli.budget import Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """What a job keeps filled: its name in the ledger, how often it should run, and the command that does it."""
+
+    source: str
+    name: str
+    cadence: timedelta
+    command: str
+    cron: str
+    """When the crontab starts it, in UTC; minutes are spread so that jobs do not all start at once."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.source}/{self.name}"
+
+    @property
+    def lock_key(self) -> int:
+        # Not hash(): it is salted per process. The top half of int4 is left to fixed keys such as migrations.
+        return zlib.crc32(self.label.encode()) % (2**30) + 2**30
+
+    @property
+    def stale_after(self) -> timedelta:
+        """Spec 001: max(cadence * 2, cadence + 5 minutes)."""
+        return max(self.cadence * 2, self.cadence + timedelta(minutes=5))
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of a channel, alive. `connection` writes and holds the lock."""
+
+    connection: Connection[Any]
+    channel: Channel
+    run_id: UUID
+    started_at: datetime
+    """By the database's clock."""
+    budget: Budget | None = None
+    counts: Counts = field(default_factory=Counts)
+    units_ok: int = 0
+    units_failed: int = 0
+    rows_failed: int = 0
+
+    @contextmanager
+    def unit(self) -> Iterator[Connection[Any]]:
+        """A transaction for one unit: rows, cursors and add() inside it commit together or not at all."""
+        before = (self.counts, self.units_ok, self.units_failed, self.rows_failed)
+        try:
+            with self.connection.transaction():
+                yield self.connection
+        except BaseException:
+            self.counts, self.units_ok, self.units_failed, self.rows_failed = before
+            raise
+
+    def add(
+        self, counts: Counts | None = None, *, units_ok: int = 0, units_failed: int = 0, rows_failed: int = 0
+    ) -> None:
+        """Count what a unit did, here and in the ledger row. `rows_failed` rows were served but not handled."""
+        counts = (counts or Counts()) + Counts(served=rows_failed)
+        self.connection.execute(
+            query("ledger", "add"),
+            {
+                **asdict(counts),
+                "units_ok": units_ok,
+                "units_failed": units_failed,
+                "failed": rows_failed,
+                "run_id": self.run_id,
+                **self._spent(),
+            },
+        )
+        self.counts += counts
+        self.units_ok += units_ok
+        self.units_failed += units_failed
+        self.rows_failed += rows_failed
+
+    def cursor(self, name: str) -> Any:
+        """What keep_cursor() last stored under this name, or None."""
+        row = self.connection.execute(
+            query("ledger", "cursor"), (self.channel.source, self.channel.name, name)
+        ).fetchone()
+        return row[0] if row else None
+
+    def keep_cursor(self, name: str, value: Any) -> None:
+        """Store where to go on; call it inside the unit() whose rows it speaks of."""
+        self.connection.execute(
+            query("ledger", "keep_cursor"),
+            (self.channel.source, self.channel.name, name, json.dumps(value), self.started_at),
+        )
+
+    def finish(self, status: str, exit_code: ExitCode, error: str | None, details: dict[str, Any]) -> None:
+        """Close the ledger row; `error` must be masked already."""
+        finish(self.connection, self.run_id, status, exit_code, error, {**details, "spent": self._spent()})
+
+    def _spent(self) -> dict[str, int]:
+        return {
+            "requests": self.budget.requests if self.budget else 0,
+            "weight": self.budget.weight if self.budget else 0,
+        }
+
+
+def finish(
+    connection: Connection[Any],
+    run_id: UUID,
+    status: str,
+    exit_code: ExitCode,
+    error: str | None,
+    details: dict[str, Any],
+) -> None:
+    """Close a ledger row that is still running; any connection will do (the run's own may be lost)."""
+    spent = details.pop("spent", {"requests": 0, "weight": 0})
+    connection.execute(
+        query("ledger", "finish"),
+        {
+            "status": status,
+            "exit_code": int(exit_code),
+            "error": error,
+            "details": json.dumps(details, default=str),
+            "run_id": run_id,
+            **spent,
+        },
+    )
+
+
+def begin(connection: Connection[Any], channel: Channel, *, locked_code: ExitCode = ExitCode.OK) -> Run | None:
+    """Take the channel's lock and open a ledger row; None, and a `skipped` row, when another run holds the lock.
+
+    Runs that are still marked running are dead, as their lock was free: they become `abandoned`.
+
+    Raises ConfigError behind a transaction pooler, where session locks do not hold. Needs autocommit.
+    """
+    assert connection.autocommit
+    run_id, place = uuid4(), (socket.gethostname(), os.getpid(), __version__)
+    where = (LOCK_NAMESPACE, channel.lock_key)
+    row = connection.execute("select pg_try_advisory_lock(%s, %s)", where).fetchone()
+    if row != (True,):
+        connection.execute(
+            query("ledger", "skip"), (run_id, channel.source, channel.name, int(locked_code), *place)
+        )
+        return None
+    held = connection.execute(
+        "select exists (select from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()"
+        " and classid = %s and objid = %s)",
+        where,
+    ).fetchone()
+    if held != (True,):
+        raise ConfigError(
+            "a transaction pooler stands before the database, where locks do not hold: "
+            "point DATABASE_URL at the server itself or at a session pool"
+        )
+    connection.execute(query("ledger", "abandon"), (channel.source, channel.name))
+    row = connection.execute(query("ledger", "begin"), (run_id, channel.source, channel.name, *place)).fetchone()
+    assert row is not None
+    return Run(connection, channel, run_id, row[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """A channel's state as operators see it."""
+
+    channel: Channel
+    state: str
+    """missing, failed, stale, running or ok."""
+    last_success: datetime | None
+    age: timedelta | None
+    last_status: str | None
+    error: str | None
+    rows: int
+    """Rows inserted or updated by the last run."""
+    rejected: int
+    skips: int
+    """Runs skipped in a row because another one held the lock."""
+
+
+def health(connection: Connection[Any], channel: Channel) -> Health:
+    """How a channel is doing. A run counts as running while its lock is held, however its row reads."""
+    locked = connection.execute(
+        query("ledger", "lock_held"), (LOCK_NAMESPACE, channel.lock_key)
+    ).fetchone() == (True,)
+    row = connection.execute(
+        query("ledger", "health"), {"source": channel.source, "channel": channel.name, "locked": locked}
+    ).fetchone()
+    assert row is not None
+    last, last_success, current, skips, now = row
+    age = now - last_success if last_success else None
+    if current:
+        state = "running"
+    elif last is None:
+        state = "missing"
+    elif last["status"] in {"failed", "interrupted", "abandoned", "running"}:
+        state = "failed"
+    elif age is None or age > channel.stale_after:
+        state = "stale"
+    else:
+        state = "ok"
+    status = last and ("abandoned" if last["status"] == "running" else last["status"])
+    return Health(
+        channel=channel,
+        state=state,
+        last_success=last_success,
+        age=age,
+        last_status=status,
+        error=last["error"] if last else None,
+        rows=last["rows_inserted"] + last["rows_updated"] if last else 0,
+        rejected=last["rows_rejected"] if last else 0,
+        skips=skips,
+    )

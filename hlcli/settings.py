@@ -1,0 +1,158 @@
+"""Everything that the environment decides, read once, checked, immutable.
+
+Order: command-line flag over environment over `.env`. The `.env` file is found from the working directory
+upward (cron starts in $HOME, so the README's crontab changes directory first) or named by --env-file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from hlcli.exitcodes import ConfigError
+from hlcli.logs import register_secrets
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of one process. Field names are the environment variables in lower case."""
+
+    database_url: str | None
+    """libpq connection string or URL; None means the embedded server."""
+    hlcli_home: Path
+    """Where the embedded server keeps its data."""
+    hl_api_url: str
+    hl_stats_url: str
+    hl_api_weight_per_minute: int
+    """Weight per IP and minute that all processes of one egress key may spend together."""
+    hl_api_requests_per_minute: int | None
+    """An extra cap in requests, for whoever wants to be politer than the published limit."""
+    hl_egress_key: str
+    """Whose budget this process spends: equal on all hosts behind one public address."""
+    hlcli_ping_url: str | None
+    """Dead-man's switch; `{job}` is replaced by the channel, /start and /<exit code> are appended."""
+    hlcli_log_format: str
+
+    @property
+    def embedded(self) -> bool:
+        return self.database_url is None
+
+    def __repr__(self) -> str:
+        """Settings hold secrets; a stray repr in a message must not show them."""
+        return f"Settings(embedded={self.embedded}, egress={self.hl_egress_key!r})"
+
+
+def load(env_file: Path | None = None) -> Settings:
+    """Read `.env` into the environment (never over what is already set) and parse the environment.
+
+    The variables really enter os.environ, because boto3 and libpq read their own from there.
+
+    Raises ConfigError for a missing --env-file or a malformed value.
+    """
+    from dotenv import find_dotenv, load_dotenv
+
+    if env_file is not None and not env_file.is_file():
+        raise ConfigError(f"--env-file: there is no file {env_file}")
+    # find_dotenv() alone walks up from the installed module's folder and finds nothing.
+    path = str(env_file) if env_file is not None else find_dotenv(usecwd=True)
+    if path:
+        try:
+            load_dotenv(path, override=False)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+    return from_env(os.environ)
+
+
+def from_env(env: Mapping[str, str]) -> Settings:
+    """Parse settings from a mapping; an empty value counts as unset. Raises ConfigError, naming the variable."""
+
+    def text(name: str, default: str = "") -> str:
+        return env.get(name, "").strip() or default
+
+    def url(name: str, default: str) -> str:
+        value = text(name, default).rstrip("/")
+        parts = urlsplit(value)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ConfigError(f"{name} is not an http(s) URL")
+        return value
+
+    def count(name: str, default: int | None, low: int, high: int) -> int | None:
+        value = text(name)
+        if not value:
+            return default
+        if not re.fullmatch(r"[0-9]{1,9}", value) or not low <= int(value) <= high:
+            raise ConfigError(f"{name} must be a whole number from {low} to {high}")
+        return int(value)
+
+    log_format = text("HLCLI_LOG_FORMAT", "text")
+    if log_format not in {"text", "json"}:
+        raise ConfigError("HLCLI_LOG_FORMAT must be text or json")
+    weight = count("HL_API_WEIGHT_PER_MINUTE", 1200, 20, 1_000_000)
+    assert weight is not None
+    database_url = text("DATABASE_URL") or None
+    ping_url = url("HLCLI_PING_URL", "") if text("HLCLI_PING_URL") else None
+    register_secrets(
+        [
+            _password_of(database_url),
+            text("API_TOKEN"),
+            text("AWS_SECRET_ACCESS_KEY"),
+            text("AWS_SESSION_TOKEN"),
+            text("PGPASSWORD"),
+            # The path of a ping URL is its secret.
+            urlsplit(ping_url).path.replace("{job}", "").strip("/") if ping_url else None,
+        ]
+    )
+    return Settings(
+        database_url=_libpq(database_url),
+        hlcli_home=Path(text("HLCLI_HOME")).expanduser() if text("HLCLI_HOME") else default_home(),
+        hl_api_url=url("HL_API_URL", "https://api.hyperliquid.xyz/info"),
+        hl_stats_url=url("HL_STATS_URL", "https://stats-data.hyperliquid.xyz/Mainnet"),
+        hl_api_weight_per_minute=weight,
+        hl_api_requests_per_minute=count("HL_API_REQUESTS_PER_MINUTE", None, 1, 1_000_000),
+        hl_egress_key=text("HL_EGRESS_KEY", socket.gethostname()),
+        hlcli_ping_url=ping_url,
+        hlcli_log_format=log_format,
+    )
+
+
+def default_home() -> Path:
+    """The platform's user data folder; for root /var/lib/hlcli.
+
+    Root is special because the embedded server opens the parents of its data folder to other users, which
+    would expose /root.
+    """
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        return Path("/var/lib/hlcli")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "hlcli"
+    base = os.environ.get("XDG_DATA_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".local" / "share") / "hlcli"
+
+
+def _libpq(database_url: str | None) -> str | None:
+    """SQLAlchemy writes postgresql+psycopg://, older tools postgres://; libpq knows only its own form."""
+    if database_url is None:
+        return None
+    url = re.sub(r"^postgres(ql)?(\+[a-z0-9]+)?://", "postgresql://", database_url)
+    if "://" in url and not url.startswith("postgresql://"):
+        raise ConfigError("DATABASE_URL is not a PostgreSQL URL")
+    return url
+
+
+def _password_of(database_url: str | None) -> str | None:
+    if not database_url:
+        return None
+    # By hand: urlsplit refuses exactly the malformed URLs whose password must not be shown either.
+    found = re.search(r"://[^:/@]*:(.*)@", database_url) or re.search(
+        r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", database_url
+    )
+    return found.group(1).strip("'") if found else None
