@@ -124,7 +124,9 @@ def _start(data: Path) -> None:
             server.ensure_pgdata_inited()
             server.ensure_postgres_running()
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        raise TemporaryError(f"the embedded PostgreSQL in {data} does not start: see {data / 'log'}") from error
+        raise TemporaryError(
+            f"the embedded PostgreSQL in {data} does not start: see {data / 'log'}"
+        ) from error
 
 
 def _server(data: Path) -> Any:

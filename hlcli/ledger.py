@@ -151,7 +151,9 @@ def finish(
     )
 
 
-def begin(connection: Connection[Any], channel: Channel, *, locked_code: ExitCode = ExitCode.OK) -> Run | None:
+def begin(
+    connection: Connection[Any], channel: Channel, *, locked_code: ExitCode = ExitCode.OK
+) -> Run | None:
     """Take the channel's lock and open a ledger row; None, and a `skipped` row, when another run holds the lock.
 
     Runs that are still marked running are dead, as their lock was free: they become `abandoned`.
@@ -178,7 +180,9 @@ def begin(connection: Connection[Any], channel: Channel, *, locked_code: ExitCod
             "point DATABASE_URL at the server itself or at a session pool"
         )
     connection.execute(query("ledger", "abandon"), (channel.source, channel.name))
-    row = connection.execute(query("ledger", "begin"), (run_id, channel.source, channel.name, *place)).fetchone()
+    row = connection.execute(
+        query("ledger", "begin"), (run_id, channel.source, channel.name, *place)
+    ).fetchone()
     assert row is not None
     return Run(connection, channel, run_id, row[0])
 

@@ -23,7 +23,9 @@ MASK = "***"
 _secrets: set[str] = set()
 
 # A password in a URL may itself hold "@" when it was not escaped: take everything up to the last one.
-_URL_PASSWORD = re.compile(r"(?P<head>\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)(?P<secret>[^\s]*)(?=@)", re.IGNORECASE)
+_URL_PASSWORD = re.compile(
+    r"(?P<head>\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)(?P<secret>[^\s]*)(?=@)", re.IGNORECASE
+)
 _KEYWORD = re.compile(
     r"(?P<head>\b(?:password|passwd|pwd|token|secret|api_?key|aws_secret_access_key|aws_session_token)\s*[=:]\s*)"
     r"(?P<secret>'[^']*'|\"[^\"]*\"|[^\s&,;]+)",

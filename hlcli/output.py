@@ -30,7 +30,9 @@ def _plain(value: Any) -> Any:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """One JSON object on stdout. Readers must ignore fields that they do not know."""
-    print(json.dumps({"schema_version": SCHEMA_VERSION, **data}, default=_plain, ensure_ascii=False, indent=2))
+    print(
+        json.dumps({"schema_version": SCHEMA_VERSION, **data}, default=_plain, ensure_ascii=False, indent=2)
+    )
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
@@ -85,4 +87,6 @@ def progress(total: int | None, label: str, unit: str) -> tqdm[Any]:
     """A progress bar on stderr that does not exist without a terminal (cron mails what is printed)."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, unit=unit, disable=None, file=sys.stderr, dynamic_ncols=True, leave=False)
+    return tqdm(
+        total=total, desc=label, unit=unit, disable=None, file=sys.stderr, dynamic_ncols=True, leave=False
+    )

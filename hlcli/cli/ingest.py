@@ -33,7 +33,12 @@ def vaults(
     ] = None,
     deadline: Annotated[
         timedelta,
-        typer.Option(parser=common.duration, metavar="DURATION", help="Stop asking after this time.", show_default="50m"),
+        typer.Option(
+            parser=common.duration,
+            metavar="DURATION",
+            help="Stop asking after this time. Default: 50m.",
+            show_default=False,
+        ),
     ] = timedelta(minutes=50),
     accept_short_list: Annotated[
         bool, typer.Option("--accept-short-list", help="Take a list that lost over a fifth of its vaults.")
@@ -43,8 +48,8 @@ def vaults(
 ) -> None:
     """Update the vault list, then this hour's metrics of as many vaults as the budget allows.
 
-    Open vaults come first by TVL and by how long ago they were last seen. A vault that has its row for this hour
-    is not asked again, so a run that was killed is finished by the next one.
+    Open vaults come first, by TVL and by how long ago they were last seen. A vault that has its row for this \
+hour is not asked again, so a run that was killed is finished by the next one.
     """
     from hlcli.jobs.ingest_vaults import Options, ingest_vaults
 

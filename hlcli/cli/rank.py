@@ -21,7 +21,12 @@ def _group() -> None:
 def vaults(
     max_age: Annotated[
         timedelta,
-        typer.Option(parser=common.duration, metavar="DURATION", help="Leave out vaults with older metrics.", show_default="6h"),
+        typer.Option(
+            parser=common.duration,
+            metavar="DURATION",
+            help="Leave out vaults with older metrics. Default: 6h.",
+            show_default=False,
+        ),
     ] = timedelta(hours=6),
     fail_if_locked: common.FailIfLocked = False,
     as_json: common.Json = False,

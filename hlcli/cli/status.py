@@ -1,4 +1,4 @@
-"""`hlcli status`: is everything running?"""
+"""`hlcli status`: whether everything runs."""
 
 from __future__ import annotations
 

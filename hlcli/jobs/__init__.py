@@ -114,7 +114,9 @@ def running(
             logs.set_run_id(None)
     if run.counts.new_rejects:
         log.warning(
-            "%s: %d rows quarantined for the first time, see table rejected_rows", channel.label, run.counts.new_rejects
+            "%s: %d rows quarantined for the first time, see table rejected_rows",
+            channel.label,
+            run.counts.new_rejects,
         )
 
 

@@ -85,7 +85,7 @@ def _load_list(settings: Settings, client: HttpClient, job: Job, options: Option
     last = run.cursor("list") or {}
     with vaults.fetch_list(client, settings, etag=last.get("etag")) as (found, etag):
         if found is None:
-            job.report.details["list"] = "not modified"
+            job.report.details["vaults_in_list"] = "not modified"
             return
         least = int(last.get("vaults", 0) * LEAST_SHARE_OF_LAST_LIST)
         if found.vaults.height < least and not options.accept_short_list:
@@ -106,33 +106,35 @@ def _load_list(settings: Settings, client: HttpClient, job: Job, options: Option
             new = quarantine(connection, vaults.VAULTS, found.rejected, run.run_id)
             bad = len(found.rejected)
             counts += Counts(served=bad, rejected=bad, new_rejects=new)
-            if counts.rejected > found.served * (1 - LEAST_SHARE_OF_LAST_LIST) and not options.accept_short_list:
+            if (
+                counts.rejected > found.served * (1 - LEAST_SHARE_OF_LAST_LIST)
+                and not options.accept_short_list
+            ):
                 raise BadPayloadError(
                     f"{counts.rejected} of {found.served} entries of the vault list are unusable: refused"
                 )
             run.keep_cursor("list", {"etag": etag, "vaults": found.vaults.height})
             run.add(counts, units_ok=1)
-    job.report.details["list"] = found.served
+    job.report.details["vaults_in_list"] = found.served
 
 
 def _load_details(settings: Settings, client: HttpClient, job: Job, options: Options) -> None:
     run, report = job.run, job.report
     hour = run.started_at.replace(minute=0, second=0, microsecond=0)
-    chosen = run.connection.execute(
+    due = run.connection.execute(
         query("vaults", "due"),
         {
             "hour": hour,
             "addresses": list(options.addresses) or None,
             "include_closed": options.include_closed,
             "min_tvl": options.min_tvl,
-            "limit": options.limit,
         },
     ).fetchall()
-    known = {address for address, _ in chosen}
-    unlisted = [address for address in options.addresses if address not in known]
-    done = sum(done for _, done in chosen)
-    todo = [address for address, done in chosen if not done] + unlisted
-    report.details.update(selected=len(chosen) + len(unlisted), already_done=done)
+    listed = {address for address, _ in due}
+    unlisted = [address for address in options.addresses if address not in listed]
+    selected = [*due, *((address, False) for address in unlisted)][: options.limit]
+    todo = [address for address, done in selected if not done]
+    report.details.update(selected=len(selected), already_done=len(selected) - len(todo))
     batch = _Batch(job, hour, set(unlisted))
     asked = _ask_all(settings, client, job, options, todo, batch)
     report.details["left_for_next_run"] = len(todo) - asked
@@ -217,9 +219,17 @@ class _Batch:
         listed = ~pl.col("vault_address").is_in(list(self.unlisted))
         with run.unit() as connection:
             counts = Counts()
-            for rows in (of_vaults.filter(~listed), of_vaults.filter(listed).select(*vaults.DETAIL_COLUMNS, "updated_at")):
+            for rows in (
+                of_vaults.filter(~listed),
+                of_vaults.filter(listed).select(*vaults.DETAIL_COLUMNS, "updated_at"),
+            ):
                 counts += load(
-                    connection, vaults.VAULTS, rows, rule=Merge.UPDATE, touch=["updated_at"], run_id=run.run_id
+                    connection,
+                    vaults.VAULTS,
+                    rows,
+                    rule=Merge.UPDATE,
+                    touch=["updated_at"],
+                    run_id=run.run_id,
                 )
             counts += load(connection, vaults.METRICS, told.metrics, rule=Merge.UPDATE, run_id=run.run_id)
             new = quarantine(connection, vaults.METRICS, told.rejected, run.run_id)

@@ -29,7 +29,11 @@ def ping(settings: Settings, job: str, run_id: UUID, exit_code: ExitCode | None,
     end = "start" if exit_code is None else str(int(exit_code))
     try:
         requests.post(
-            f"{base}/{end}", params={"rid": str(run_id)}, data=message.encode(), timeout=TIMEOUT_S, stream=True
+            f"{base}/{end}",
+            params={"rid": str(run_id)},
+            data=message.encode(),
+            timeout=TIMEOUT_S,
+            stream=True,
         ).close()
     except requests.RequestException as error:
         log.warning("ping failed: %s", one_line(error))

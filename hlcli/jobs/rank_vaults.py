@@ -39,24 +39,32 @@ def rank_vaults(settings: Settings, *, max_age: timedelta, fail_if_locked: bool 
             fresh = [row for row in standing if row[4] is None]
             ranked = fresh[:PLACES]
             left_out["beyond place 500"] = len(fresh) - len(ranked)
-            report.details.update(ranked=len(ranked), left_out={k: n for k, n in sorted(left_out.items()) if n})
+            report.details.update(
+                ranked=len(ranked), left_out={k: n for k, n in sorted(left_out.items()) if n}
+            )
             if not ranked:
                 raise TemporaryError(
                     f"no open vault of {len(standing)} has metrics from the last "
                     f"{max_age.total_seconds() / 3600:g} h: the ranking stays as it was; run `hlcli ingest vaults`"
                 )
-            gone = connection.execute(query("vaults", "drop_unranked"), ([row[0] for row in ranked],)).rowcount
+            gone = connection.execute(
+                query("vaults", "drop_unranked"), ([row[0] for row in ranked],)
+            ).rowcount
             time = pl.Datetime("us", "UTC")
             frame = pl.DataFrame(
                 {
                     "vault_address": [row[0] for row in ranked],
                     "rank": [row[5] for row in ranked],
                     "max_distributable_tvl": [str(row[3]) for row in ranked],
-                    "tvl_usd": pl.Series([None if row[1] is None else str(row[1]) for row in ranked], dtype=pl.String),
+                    "tvl_usd": pl.Series(
+                        [None if row[1] is None else str(row[1]) for row in ranked], dtype=pl.String
+                    ),
                     "metrics_time": pl.Series([row[2] for row in ranked], dtype=time),
                 }
             ).with_columns(pl.lit(run.started_at).cast(time).alias("updated_at"))
-            counts = load(connection, TABLE, frame, rule=Merge.UPDATE, touch=["updated_at"], run_id=run.run_id)
+            counts = load(
+                connection, TABLE, frame, rule=Merge.UPDATE, touch=["updated_at"], run_id=run.run_id
+            )
             report.details["dropped"] = gone
             run.add(counts, units_ok=1)
     return report

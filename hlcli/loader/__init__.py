@@ -110,13 +110,24 @@ def load(
 
 def _one_per_key(good: pl.DataFrame, table: Table, rule: Merge, newer: str | None) -> pl.DataFrame:
     """The rows sorted by key, each key once: two workers then lock in one order, and indexes grow at their end."""
+    import polars as pl
+
     keys = list(table.key)
     if rule is Merge.NEWER:
         assert newer is not None
         good = good.sort([*keys, newer], maintain_order=True)
     else:
         good = good.sort(keys, maintain_order=True)
-    return good.unique(subset=keys, keep="first" if rule is Merge.IGNORE else "last", maintain_order=True)
+    # In sorted order an equal key stands next door; a hash of all keys would cost more than the sort.
+    again = pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in keys)
+    if rule is not Merge.IGNORE:
+        again = again.shift(-1, fill_value=False)
+    good = good.filter(~again.fill_null(value=False))
+    if rule is not Merge.IGNORE:
+        return good
+    # Where nothing is overwritten, a column without any value need not travel.
+    empty = [name for name in good.columns if good[name].null_count() == good.height and name not in keys]
+    return good.drop([name for name in empty if not table.columns[name].has_default])
 
 
 def _staged_kind(kind: str) -> LiteralString:
@@ -227,14 +238,19 @@ def _merge(
     if rule is Merge.IGNORE or not compared:
         fresh, action = sql.SQL("true"), sql.Composed([sql.SQL("on conflict do nothing")])
     else:
-        changes: sql.Composed = sql.SQL("({}) is distinct from ({})").format(_tuple("stored", compared), _tuple("excluded", compared))
+        changes: sql.Composed = sql.SQL("({}) is distinct from ({})").format(
+            _tuple("stored", compared), _tuple("excluded", compared)
+        )
         if rule is Merge.NEWER:
             assert newer is not None
-            changes = sql.SQL("{} > {}").format(sql.Identifier("excluded", newer), sql.Identifier("stored", newer))
+            changes = sql.SQL("{} > {}").format(
+                sql.Identifier("excluded", newer), sql.Identifier("stored", newer)
+            )
         action = sql.SQL("on conflict ({}) do update set {} where {}").format(
             sql.SQL(", ").join(map(sql.Identifier, table.key)),
             sql.SQL(", ").join(
-                sql.SQL("{} = {}").format(sql.Identifier(name), sql.Identifier("excluded", name)) for name in values
+                sql.SQL("{} = {}").format(sql.Identifier(name), sql.Identifier("excluded", name))
+                for name in values
             ),
             changes,
         )
@@ -250,7 +266,11 @@ def _tuple(relation: str, columns: Sequence[str]) -> sql.Composed:
 
 def _any_stored(connection: Connection[Any], table: Table, stage: sql.Identifier) -> bool:
     """Whether any staged key is in the table already, by looking each one up in the key's index."""
-    query = sql.SQL("select exists (select from {stage} staged join {table} stored on {same})").format(
+    # An empty table answers for all keys at once.
+    query = sql.SQL(
+        "select case when exists (select from {table})"
+        " then exists (select from {stage} staged join {table} stored on {same}) else false end"
+    ).format(
         stage=stage,
         table=table.identifier,
         same=sql.SQL(" and ").join(
@@ -260,7 +280,11 @@ def _any_stored(connection: Connection[Any], table: Table, stage: sql.Identifier
     )
     with connection.transaction():
         # The stage has no statistics; a hash of a table of millions would be built for nothing.
-        connection.execute("select set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)")
+        connection.execute(
+            "select set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)"
+        )
         row = connection.execute(query).fetchone()
-        connection.execute("select set_config('enable_hashjoin', 'on', true), set_config('enable_mergejoin', 'on', true)")
+        connection.execute(
+            "select set_config('enable_hashjoin', 'on', true), set_config('enable_mergejoin', 'on', true)"
+        )
     return row == (True,)

@@ -54,9 +54,7 @@ def split(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, pl.DataFrame
         if column.not_null:
             reasons = {"null": pl.col(name).is_null(), **reasons}
         values.append(value.alias(name))
-        verdicts += [
-            pl.when(bad).then(pl.lit(f"{name}:{reason}")) for reason, bad in reasons.items()
-        ]
+        verdicts += [pl.when(bad).then(pl.lit(f"{name}:{reason}")) for reason, bad in reasons.items()]
     checked = frame.with_columns(pl.coalesce(*verdicts, pl.lit(None, pl.String)).alias("_verdict"))
     bad = checked.filter(pl.col("_verdict").is_not_null())
     good = frame if bad.is_empty() else checked.filter(pl.col("_verdict").is_null()).drop("_verdict")
@@ -150,7 +148,9 @@ def _timestamptz(column: Column, given: pl.DataType) -> Rule:
         raise _refuse(column, given)
     epoch = source.cast(pl.Int64, strict=False)
     value = (epoch.clip(MIN_MS, MAX_MS) * 1000).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
-    reasons = {"time_out_of_range": (source.is_not_null() & epoch.is_null()) | ~epoch.is_between(MIN_MS, MAX_MS)}
+    reasons = {
+        "time_out_of_range": (source.is_not_null() & epoch.is_null()) | ~epoch.is_between(MIN_MS, MAX_MS)
+    }
     if given == pl.String:
         reasons = {"not_a_time": ~source.str.contains(INTEGER_TEXT), **reasons}
     return value, reasons

@@ -33,13 +33,13 @@ class Line:
         self._connection.sendall(data)
 
     def body(self, data: bytes) -> None:
-        """Write body bytes and count those that left."""
+        """Write body bytes, counted just before they leave: a client that has them finds them counted."""
         view = memoryview(data)
         for start in range(0, len(view), SLICE):
             piece = view[start : start + SLICE]
-            self._connection.sendall(piece)
             if self._served is not None:
                 self._served.bytes += len(piece)
+            self._connection.sendall(piece)
 
     def wait(self, seconds: float) -> bool:
         """Sleep; False as soon as the client has left or the server stops."""

@@ -92,7 +92,7 @@ class Vault(NamedTuple):
     def profits(self, times: Iterable[int]) -> list[int]:
         """Profit since creation at these times; it stands still once the vault is closed.
 
-        Many times at once and without helpers, because a full list asks half a million times.
+        Many times at once and without inner calls, because a full list asks half a million times.
         """
         if not self.waves:
             return [0 for _ in times]

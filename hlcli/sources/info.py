@@ -64,4 +64,6 @@ def ask(
         def cost_of(answer: Any) -> int:
             return weight(kind, len(answer) if isinstance(answer, list) else 0)
 
-    return client.post_json(url, question, weight=weight(kind, most_items), cost_of=cost_of, priority=priority)
+    return client.post_json(
+        url, question, weight=weight(kind, most_items), cost_of=cost_of, priority=priority
+    )

@@ -253,7 +253,9 @@ def _points(history: Any) -> Sequence[tuple[Any, Any]]:
     """The [time, value] pairs of a history, in time order as served; what is no pair is passed over."""
     if not isinstance(history, list):
         return []
-    return [(point[0], point[1]) for point in history[-MAX_POINTS:] if isinstance(point, list) and len(point) == 2]
+    return [
+        (point[0], point[1]) for point in history[-MAX_POINTS:] if isinstance(point, list) and len(point) == 2
+    ]
 
 
 def _decimals(points: Sequence[tuple[Any, Any]]) -> list[Decimal] | None:

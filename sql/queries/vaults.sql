@@ -7,24 +7,18 @@ with candidate as (
            (select max(m.observed_at) from hyperliquid_vaults_discovery.vault_metrics m
              where m.vault_address = v.vault_address and m.observed_at < %(hour)s) as last_seen
     from hyperliquid_vaults_discovery.vaults v
-    where (%(addresses)s::text[] is null or v.vault_address = any (%(addresses)s::text[]))
-      and (%(addresses)s::text[] is not null or %(include_closed)s or not v.is_closed)
-      and (%(addresses)s::text[] is not null or %(min_tvl)s::numeric is null or v.tvl_usd >= %(min_tvl)s::numeric)
-), chosen as (
-    select vault_address, tvl_usd, last_seen,
-           row_number() over (
-               order by last_seen is not null,
-                        extract(epoch from %(hour)s - coalesce(last_seen, %(hour)s))
-                            * ln(2.718281828 + greatest(coalesce(tvl_usd, 0), 0)) desc,
-                        tvl_usd desc nulls last, vault_address) as place
-    from candidate
+    where case when %(addresses)s::text[] is not null then v.vault_address = any (%(addresses)s::text[])
+               else (%(include_closed)s or not v.is_closed)
+                    and (%(min_tvl)s::numeric is null or v.tvl_usd >= %(min_tvl)s::numeric) end
 )
 select vault_address,
        exists (select from hyperliquid_vaults_discovery.vault_metrics m
-                where m.vault_address = chosen.vault_address and m.observed_at = %(hour)s) as done
-from chosen
-where %(limit)s::bigint is null or place <= %(limit)s::bigint
-order by place
+                where m.vault_address = candidate.vault_address and m.observed_at = %(hour)s) as done
+from candidate
+order by last_seen is not null,
+         extract(epoch from %(hour)s - coalesce(last_seen, %(hour)s))
+             * ln(exp(1::numeric) + greatest(coalesce(tvl_usd, 0), 0)) desc,
+         tvl_usd desc nulls last, vault_address
 
 -- Every vault with its place in the ranking, or the reason why it has none.
 -- name: rank
