@@ -63,9 +63,10 @@ def duration(text: str | timedelta) -> timedelta:
     if isinstance(text, timedelta):
         return text
     found = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,3})?)([smhd]?)", text.strip().lower())
-    if not found or not (
-        seconds := float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-    ) > 0:
+    if (
+        not found
+        or not (seconds := float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]) > 0
+    ):
         raise typer.BadParameter(f"{text!r} is no duration such as 90s, 50m, 6h or 7d")
     return timedelta(seconds=min(seconds, 10 * 365 * 86400))
 

@@ -7,7 +7,6 @@ the caller's transaction, together with the cursor and the ledger.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, LiteralString
 from uuid import uuid4
@@ -15,6 +14,7 @@ from uuid import uuid4
 from psycopg import errors, pq, sql
 
 from hlcli.loader.catalog import Table, describe
+from hlcli.loader.counts import Counts
 from hlcli.loader.quarantine import Rejected, quarantine
 
 if TYPE_CHECKING:
@@ -40,24 +40,6 @@ class Merge(Enum):
     """The served row wins, where it differs."""
     NEWER = "newer"
     """The served row wins where its `newer` column is greater."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
-    """What became of the rows of one load; `served` is the sum of all others but `new_rejects`."""
-
-    served: int = 0
-    inserted: int = 0
-    updated: int = 0
-    unchanged: int = 0
-    duplicate: int = 0
-    rejected: int = 0
-    new_rejects: int = 0
-    """How many of the rejected were never rejected before."""
-
-    def __add__(self, other: Counts) -> Counts:
-        mine, theirs = asdict(self), asdict(other)
-        return Counts(**{name: mine[name] + theirs[name] for name in mine})
 
 
 def load(
@@ -95,16 +77,14 @@ def load(
     rejected += _break_checks(connection, table, stage, rows.columns)
     inserted, updated = _merge(connection, table, stage, rows.columns, rule, newer, touch, rows.height)
     connection.execute(sql.SQL("drop table {}").format(stage))
-    new_rejects = quarantine(connection, table.name, rejected, run_id)
-    stored = frame.height - len(rejected) - (good.height - rows.height)
-    return Counts(
-        served=frame.height,
+    duplicate = good.height - rows.height
+    stored = frame.height - len(rejected) - duplicate
+    return quarantine(connection, table.name, rejected, run_id) + Counts(
+        served=frame.height - len(rejected),
         inserted=inserted,
         updated=updated,
         unchanged=stored - inserted - updated,
-        duplicate=good.height - rows.height,
-        rejected=len(rejected),
-        new_rejects=new_rejects,
+        duplicate=duplicate,
     )
 
 

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hlcli.loader.counts import Counts
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from uuid import UUID
@@ -36,21 +38,21 @@ class Rejected:
     column: str | None = None
 
 
-def quarantine(connection: Connection[Any], table: str, rows: Iterable[Rejected], run_id: UUID) -> int:
-    """Keep rejected rows, within the caller's transaction; returns how many were never seen before."""
+def quarantine(connection: Connection[Any], table: str, rows: Iterable[Rejected], run_id: UUID) -> Counts:
+    """Keep rejected rows, within the caller's transaction; returns how many, and how many were new."""
     entries: list[tuple[Any, ...]] = [
         (table, _key(row), row.reason, row.column, _json(row.payload)[:MAX_PAYLOAD], run_id, run_id)
         for row in rows
     ]
     if not entries:
-        return 0
+        return Counts()
     new = 0
     entries.sort(key=_identity)  # two runs then lock in one order
     with connection.cursor() as cursor:
         cursor.executemany(_KEEP, entries, returning=True)
         for result in cursor.results():
             new += result.fetchone() == (True,)
-    return new
+    return Counts(served=len(entries), rejected=len(entries), new_rejects=new)
 
 
 def _identity(entry: tuple[Any, ...]) -> tuple[Any, ...]:

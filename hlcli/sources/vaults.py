@@ -47,7 +47,7 @@ _LIST_COLUMNS = (
     "child_addresses",
     "vault_create_time",
 )
-DETAIL_COLUMNS = ("vault_address", "description", "allow_deposits", "always_close_on_withdraw", "is_closed")
+_DETAIL_COLUMNS = ("vault_address", "description", "allow_deposits", "always_close_on_withdraw", "is_closed")
 _WINDOWS = {"day": "day", "week": "week", "month": "month", "allTime": "all_time"}
 _METRIC_COLUMNS = (
     "vault_address",
@@ -83,9 +83,12 @@ class VaultList:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What vaultDetails told of several vaults: one row each in `vaults` and in `metrics`."""
+    """What vaultDetails told of several vaults: a row each in `metrics` and in one of the first two."""
 
-    vaults: pl.DataFrame
+    listed: pl.DataFrame
+    """Columns that only the details have: of all else the list is the authority."""
+    unlisted: pl.DataFrame
+    """Vaults that are not in the list, so that the details are all there is."""
     metrics: pl.DataFrame
     rejected: list[Rejected]
 
@@ -158,11 +161,14 @@ def fetch_details(client: HttpClient, settings: Settings, address: str, priority
     return info.ask(client, settings.hl_api_url, question, priority=priority)
 
 
-def details(answers: Iterable[tuple[str, Any]], observed_at: datetime) -> Details:
+def details(
+    answers: Iterable[tuple[str, Any]], observed_at: datetime, unlisted: frozenset[str] = frozenset()
+) -> Details:
     """Turn answers of vaultDetails, each with the address that was asked, into rows of both tables."""
     import polars as pl
 
-    vaults: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
+    strangers: list[dict[str, Any]] = []
     metrics: list[dict[str, Any]] = []
     rejected: list[Rejected] = []
     for address, answer in answers:
@@ -170,11 +176,12 @@ def details(answers: Iterable[tuple[str, Any]], observed_at: datetime) -> Detail
         if reason:
             rejected.append(Rejected([address], reason, {"vault_address": address, "answer": answer}))
             continue
-        vaults.append(_vault_row(address, answer))
+        (strangers if address in unlisted else listed).append(_vault_row(address, answer))
         metrics.append(_metric_row(address, answer))
     observed = pl.lit(observed_at).cast(pl.Datetime("us", "UTC")).alias("observed_at")
     return Details(
-        wire.frame(vaults, (*_LIST_COLUMNS, *(set(DETAIL_COLUMNS) - set(_LIST_COLUMNS)))),
+        wire.frame(listed, _DETAIL_COLUMNS),
+        wire.frame(strangers, tuple(dict.fromkeys((*_LIST_COLUMNS, *_DETAIL_COLUMNS)))),
         wire.frame(metrics, _METRIC_COLUMNS).with_columns(observed),
         rejected,
     )
