@@ -29,6 +29,8 @@ __all__ = ["Counts", "Merge", "Rejected", "Table", "describe", "load", "quaranti
 COPY_ROWS = 20_000
 # Below this the look whether all rows are new costs more than it saves.
 PROBE_ROWS = 5_000
+# Types that are staged as themselves, so that a frame sorts them as the database does.
+ORDERED = ("smallint", "integer", "bigint", "timestamp with time zone")
 
 
 class Merge(Enum):
@@ -55,7 +57,8 @@ def load(
     """Load a frame whose columns are the table's columns; returns what became of each row.
 
     Rows with one key within the frame: the last wins, with IGNORE the first, with NEWER the greatest `newer`.
-    `touch` names columns (such as updated_at) that are written with a change but do not make one.
+    `touch` names columns (such as updated_at) that are written with a change but do not make one. A partitioned
+    table needs a partition for every time that checks.py lets through: give it a DEFAULT one.
 
     Must be called inside a transaction. Raises ValueError for a frame that does not fit the table (an error of
     the caller) and psycopg.Error when the database fails.
@@ -65,6 +68,8 @@ def load(
     assert connection.info.transaction_status == pq.TransactionStatus.INTRANS, "load() needs a transaction"
     if isinstance(table, str):
         table = describe(connection, table)
+    if rule is Merge.NEWER and (not newer or table.columns[newer].kind not in ORDERED):
+        raise ValueError(f"{table.name}: {newer} cannot tell which row is newer")
     if frame.is_empty():
         return Counts()
     good, bad = checks.split(frame, table)
@@ -72,42 +77,60 @@ def load(
         Rejected([row.get(name) for name in table.key], row.pop("_reason"), row, row.pop("_column"))
         for row in bad.to_dicts()
     ]
-    rows = _one_per_key(good, table, rule, newer)
+    rows, repeats = _sorted(good, table, rule, newer)
     stage = _stage(connection, table, rows)
     rejected += _break_checks(connection, table, stage, rows.columns)
-    inserted, updated = _merge(connection, table, stage, rows.columns, rule, newer, touch, rows.height)
+    duplicate = _drop_repeats(connection, table, stage, rule) if repeats else 0
+    staged = frame.height - len(rejected) - duplicate
+    inserted, updated = _merge(connection, table, stage, rows.columns, rule, newer, touch, staged)
     connection.execute(sql.SQL("drop table {}").format(stage))
-    duplicate = good.height - rows.height
-    stored = frame.height - len(rejected) - duplicate
     return quarantine(connection, table.name, rejected, run_id) + Counts(
         served=frame.height - len(rejected),
         inserted=inserted,
         updated=updated,
-        unchanged=stored - inserted - updated,
+        unchanged=staged - inserted - updated,
         duplicate=duplicate,
     )
 
 
-def _one_per_key(good: pl.DataFrame, table: Table, rule: Merge, newer: str | None) -> pl.DataFrame:
-    """The rows sorted by key, each key once: two workers then lock in one order, and indexes grow at their end."""
+def _sorted(good: pl.DataFrame, table: Table, rule: Merge, newer: str | None) -> tuple[pl.DataFrame, bool]:
+    """The rows in key order, and whether a key repeats. Two workers then lock in one order, and indexes grow well."""
     import polars as pl
 
     keys = list(table.key)
-    if rule is Merge.NEWER:
-        assert newer is not None
-        good = good.sort([*keys, newer], maintain_order=True)
-    else:
-        good = good.sort(keys, maintain_order=True)
+    rows = good.sort([*keys, newer] if rule is Merge.NEWER and newer else keys, maintain_order=True)
     # In sorted order an equal key stands next door; a hash of all keys would cost more than the sort.
     again = pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in keys)
-    if rule is not Merge.IGNORE:
-        again = again.shift(-1, fill_value=False)
-    good = good.filter(~again.fill_null(value=False))
-    if rule is not Merge.IGNORE:
-        return good
-    # Where nothing is overwritten, a column without any value need not travel.
-    empty = [name for name in good.columns if good[name].null_count() == good.height and name not in keys]
-    return good.drop([name for name in empty if not table.columns[name].has_default])
+    repeats = rows.height > 1 and bool(rows.select(again.slice(1).any()).item())
+    if rule is Merge.IGNORE:
+        # Where nothing is overwritten, a column without any value need not travel.
+        empty = [name for name in rows.columns if rows[name].null_count() == rows.height]
+        rows = rows.drop([name for name in empty if not table.columns[name].has_default and name not in keys])
+    return rows, repeats
+
+
+def _drop_repeats(connection: Connection[Any], table: Table, stage: sql.Identifier, rule: Merge) -> int:
+    """Leave one row of each key in the stage: the first with IGNORE, else the last; returns how many went."""
+    dropped = connection.execute(
+        sql.SQL(
+            "with dropped as (delete from {stage} repeated using {stage} kept"
+            " where {same} and kept.ctid {order} repeated.ctid returning repeated.ctid)"
+            " select count(distinct ctid) from dropped"
+        ).format(
+            stage=stage,
+            same=_same_key(table, "kept", "repeated"),
+            order=sql.SQL("<" if rule is Merge.IGNORE else ">"),
+        )
+    ).fetchone()
+    assert dropped is not None
+    return int(dropped[0])
+
+
+def _same_key(table: Table, one: str, other: str) -> sql.Composed:
+    return sql.SQL(" and ").join(
+        sql.SQL("{} = {}").format(sql.Identifier(one, name), sql.Identifier(other, name))
+        for name in table.key
+    )
 
 
 def _staged_kind(kind: str) -> LiteralString:
@@ -162,15 +185,30 @@ def _break_checks(
 ) -> list[Rejected]:
     """Take the rows that break a CHECK of the table out of the stage."""
     rejected = []
+    whole = sql.SQL(", ").join(
+        [
+            _typed(table, columns),
+            # A CHECK may speak of columns that the frame leaves to their defaults.
+            *(
+                sql.SQL("({})::{} as {}").format(
+                    sql.SQL(_trusted(column.default or "null")),
+                    sql.SQL(_trusted(column.kind)),
+                    sql.Identifier(name),
+                )
+                for name, column in table.columns.items()
+                if name not in columns
+            ),
+        ]
+    )
     for name, expression in table.checks.items():
         broken = connection.execute(
             sql.SQL(
                 "delete from {stage} where ctid in"
-                " (select place from (select ctid as place, {typed} from {stage}) typed where not ({check}))"
+                " (select place from (select ctid as place, {whole} from {stage}) typed where not ({check}))"
                 " returning {columns}"
             ).format(
                 stage=stage,
-                typed=_typed(table, columns),
+                whole=whole,
                 check=sql.SQL(_trusted(expression)),
                 columns=sql.SQL(", ").join(map(sql.Identifier, columns)),
             )
@@ -198,73 +236,71 @@ def _merge(
         typed=_typed(table, columns),
         stage=stage,
     )
-    # Counting what RETURNING gives instead of the command tag: Citus reports wrong tags.
-    count = sql.SQL(
-        "with merged as ({} {} returning {} as fresh)"
-        " select count(*) filter (where fresh), count(*) filter (where not fresh) from merged"
-    )
-    if staged >= PROBE_ROWS and not _any_stored(connection, table, stage):
+    counted = sql.SQL("with merged as ({} {} returning 1) select count(*) from merged")
+    values = [name for name in columns if name not in table.key]
+    compared = [name for name in values if name not in touch]
+    ignore = rule is Merge.IGNORE or not compared
+    stored = 1
+    if not ignore or staged >= PROBE_ROWS:
+        stored = _stored_keys(connection, table, stage, at_most=1 if ignore else staged)
+    if not stored and staged >= PROBE_ROWS:
         # ON CONFLICT writes and confirms each row twice, a third of the time. When no key is stored, a plain
         # insert will do; a writer who gets in between is found out by the key, and the careful way follows.
         try:
             with connection.transaction():
-                row = connection.execute(count.format(insert, sql.SQL(""), sql.SQL("true"))).fetchone()
-                assert row is not None
-                return row[0], row[1]
+                return _number(connection, counted.format(insert, sql.SQL(""))), 0
         except errors.UniqueViolation:
-            pass
-    values = [name for name in columns if name not in table.key]
-    compared = [name for name in values if name not in touch]
-    if rule is Merge.IGNORE or not compared:
-        fresh, action = sql.SQL("true"), sql.Composed([sql.SQL("on conflict do nothing")])
-    else:
-        changes: sql.Composed = sql.SQL("({}) is distinct from ({})").format(
-            _tuple("stored", compared), _tuple("excluded", compared)
+            stored = _stored_keys(connection, table, stage, at_most=staged)
+    if ignore:
+        return _number(connection, counted.format(insert, sql.SQL("on conflict do nothing"))), 0
+    changes = sql.SQL("({}) is distinct from ({})").format(
+        _tuple("stored", compared), _tuple("excluded", compared)
+    )
+    if rule is Merge.NEWER:
+        assert newer is not None
+        changes = sql.SQL("{} > {}").format(
+            sql.Identifier("excluded", newer), sql.Identifier("stored", newer)
         )
-        if rule is Merge.NEWER:
-            assert newer is not None
-            changes = sql.SQL("{} > {}").format(
-                sql.Identifier("excluded", newer), sql.Identifier("stored", newer)
-            )
-        action = sql.SQL("on conflict ({}) do update set {} where {}").format(
-            sql.SQL(", ").join(map(sql.Identifier, table.key)),
-            sql.SQL(", ").join(
-                sql.SQL("{} = {}").format(sql.Identifier(name), sql.Identifier("excluded", name))
-                for name in values
-            ),
-            changes,
-        )
-        fresh = sql.SQL("stored.xmax = 0")
-    row = connection.execute(count.format(insert, action, fresh)).fetchone()
+    action = sql.SQL("on conflict ({}) do update set {} where {}").format(
+        sql.SQL(", ").join(map(sql.Identifier, table.key)),
+        sql.SQL(", ").join(
+            sql.SQL("{} = {}").format(sql.Identifier(name), sql.Identifier("excluded", name))
+            for name in values
+        ),
+        changes,
+    )
+    # What is new follows from what was stored: xmax, which would tell, is out of reach in partitioned tables, and
+    # Citus reports wrong command tags.
+    written = _number(connection, counted.format(insert, action))
+    inserted = min(staged - stored, written)
+    return inserted, written - inserted
+
+
+def _number(connection: Connection[Any], query: sql.Composed) -> int:
+    row = connection.execute(query).fetchone()
     assert row is not None
-    return row[0], row[1]
+    return int(row[0])
 
 
 def _tuple(relation: str, columns: Sequence[str]) -> sql.Composed:
     return sql.SQL(", ").join(sql.Identifier(relation, name) for name in columns)
 
 
-def _any_stored(connection: Connection[Any], table: Table, stage: sql.Identifier) -> bool:
-    """Whether any staged key is in the table already, by looking each one up in the key's index."""
-    # An empty table answers for all keys at once.
+def _stored_keys(connection: Connection[Any], table: Table, stage: sql.Identifier, *, at_most: int) -> int:
+    """How many staged keys are in the table already, up to `at_most`, by looking them up in the key's index."""
     query = sql.SQL(
-        "select case when exists (select from {table})"
-        " then exists (select from {stage} staged join {table} stored on {same}) else false end"
+        "select case when exists (select from {table}) then"
+        " (select count(*) from (select from {stage} staged join {table} stored on {same} limit {most}) found)"
+        " else 0 end"
     ).format(
         stage=stage,
         table=table.identifier,
-        same=sql.SQL(" and ").join(
-            sql.SQL("{} = {}").format(sql.Identifier("stored", name), sql.Identifier("staged", name))
-            for name in table.key
-        ),
+        same=_same_key(table, "stored", "staged"),
+        most=sql.Literal(at_most),
     )
-    with connection.transaction():
-        # The stage has no statistics; a hash of a table of millions would be built for nothing.
-        connection.execute(
-            "select set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)"
-        )
-        row = connection.execute(query).fetchone()
-        connection.execute(
-            "select set_config('enable_hashjoin', 'on', true), set_config('enable_mergejoin', 'on', true)"
-        )
-    return row == (True,)
+    # The stage has no statistics; a hash of a table of millions would be built for nothing.
+    joins = "select set_config('enable_hashjoin', %s, true), set_config('enable_mergejoin', %s, true)"
+    connection.execute(joins, ("off", "off"))
+    stored = _number(connection, query)
+    connection.execute(joins, ("on", "on"))
+    return stored

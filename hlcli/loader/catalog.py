@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 _COLUMNS = """
 select a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
-       a.atthasdef or a.attidentity <> '' or a.attgenerated <> '',
+       a.atthasdef or a.attidentity <> '', pg_get_expr(d.adbin, d.adrelid),
        array_position(i.indkey::int2[], a.attnum)
 from pg_attribute a
+left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
 left join pg_index i on i.indrelid = a.attrelid and i.indisprimary
 where a.attrelid = %s::regclass and a.attnum > 0 and not a.attisdropped
 order by a.attnum
@@ -34,6 +35,8 @@ class Column:
     kind: str
     not_null: bool
     has_default: bool
+    default: str | None
+    """The default as an SQL expression."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def describe(connection: Connection[Any], name: str) -> Table:
         raise ValueError(f"{name} has no primary key")
     return Table(
         name=name,
-        columns={row[0]: Column(*row[:4]) for row in rows},
+        columns={row[0]: Column(*row[:5]) for row in rows},
         key=tuple(column for _, column in key),
         checks=dict(connection.execute(_CHECKS, (name,)).fetchall()),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -24,6 +25,7 @@ NUMERIC_TEXT = r"^-?[0-9]{1,40}(\.[0-9]{1,40})?([eE][+-]?0{0,3}([0-9]|[1-3][0-9]
 # \u0000 behind an even number of backslashes is the NUL character, behind an odd one a text about it.
 _NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 INTEGER_TEXT = r"^-?[0-9]{1,19}$"
+MAX_JSON_EXPONENT = 1000
 MAX_TEXT_BYTES = 1_000_000
 # A row of a btree index holds at most 2704 bytes.
 MAX_KEY_BYTES = 500
@@ -87,6 +89,9 @@ def _rule(column: Column, given: pl.DataType, *, is_key: bool) -> Rule:
     maker = _RULES.get(kind)
     if maker is None:
         raise ValueError(f"{column.name}: the loader does not know the type {column.kind}")
+    if is_key and kind in {"numeric", "jsonb"}:
+        # 1.0 and 1.00 are one key to the database and two texts to us.
+        raise ValueError(f"{column.name}: a column of a key cannot be {column.kind}")
     value, reasons = maker(column, given)
     if is_key and kind == "text":
         reasons["key_too_long"] = value.str.len_bytes() > MAX_KEY_BYTES
@@ -177,12 +182,19 @@ def _jsonb(column: Column, given: pl.DataType) -> Rule:
 def _is_json(text: str) -> bool:
     """Whether jsonb takes the text: it refuses NaN, and the NUL character and lone surrogates in any string."""
     try:
-        decoded = json.loads(text, parse_constant=_no_constant)
+        decoded = json.loads(text, parse_constant=_no_constant, parse_float=_sane_number)
         if "\\u" in text:
             json.dumps(decoded, ensure_ascii=False).encode()  # fails for a lone surrogate
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, ArithmeticError):
         return False
     return not _NUL_ESCAPE.search(text)
+
+
+def _sane_number(text: str) -> str:
+    """A number as its text; jsonb holds no more than NUMERIC does."""
+    if abs(Decimal(text).adjusted()) > MAX_JSON_EXPONENT:
+        raise ValueError(text)
+    return text
 
 
 def _no_constant(name: str) -> None:
