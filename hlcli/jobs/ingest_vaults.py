@@ -103,7 +103,7 @@ def _load_list(settings: Settings, client: HttpClient, job: Job, options: Option
                     f"{counts.rejected} of {found.served} entries of the vault list are unusable: refused"
                 )
             run.keep_cursor("list", {"etag": etag, "vaults": found.vaults.height})
-            run.add(counts, units_ok=1)
+            run.add(counts)
     job.report.details["vaults_in_list"] = found.served
 
 

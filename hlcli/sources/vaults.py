@@ -32,7 +32,6 @@ METRICS = "hyperliquid_vaults_discovery.vault_metrics"
 
 FOLLOWERS_SERVED = 100
 MAX_POINTS = 5_000
-MAX_ENTRIES = 200_000
 _NUMBER = re.compile(NUMERIC_TEXT)
 
 _LIST_COLUMNS = (
@@ -110,20 +109,16 @@ def parse_list(body: IO[bytes]) -> VaultList:
 
     Raises BadPayloadError for a body that is cut off, no JSON, or not an array of at least one entry.
     """
-    import ijson
-
     rows: list[dict[str, str | None]] = []
     rejected: list[Rejected] = []
     try:
-        for count, entry in enumerate(ijson.items(body, "item")):
-            if count >= MAX_ENTRIES:
-                raise BadPayloadError(f"the vault list has over {MAX_ENTRIES} entries")
+        for entry in wire.items(body):
             row = _list_row(entry)
             if row["vault_address"] is None:
                 rejected.append(Rejected([None], "not_a_vault", {"entry": entry}))
             else:
                 rows.append({name: wire.text(value) for name, value in row.items()})
-    except (ijson.JSONError, ValueError, ArithmeticError, RecursionError) as error:
+    except (ValueError, ArithmeticError, RecursionError) as error:
         raise BadPayloadError("the vault list is cut off or no JSON") from error
     if not rows:
         raise BadPayloadError("the vault list is empty or no list of vaults")

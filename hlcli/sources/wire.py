@@ -2,14 +2,89 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import polars as pl
+
+
+_CHUNK = 1 << 18
+_MAX_ITEM = 1 << 20
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
+# NaN and Infinity, which JSON does not have, stay text, for the loader to refuse the one row and not the list.
+_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=str)
+
+
+def items(body: IO[bytes]) -> Iterator[Any]:
+    """The elements of a JSON array one by one, so that 40 MB are never 40 MB of Python objects.
+
+    Not by ijson: what it remembers grows with the square of the nesting, gigabytes for 200 KB of brackets, and one
+    lone surrogate in a name makes it give up the list.
+
+    Raises ValueError, ArithmeticError or RecursionError for a body that is cut off, no array, or holds an element
+    of over a million characters.
+    """
+    source = io.TextIOWrapper(body, "utf-8", newline="")
+    try:
+        reader = _Reader(source)
+        if reader.token() != "[":
+            raise ValueError("not a JSON array")
+        mark = "," if reader.peek() != "]" else reader.token()
+        while mark == ",":
+            yield reader.element()
+            mark = reader.token()
+        if mark != "]" or reader.token():
+            raise ValueError("the JSON array is cut off")
+    finally:
+        source.detach()
+
+
+class _Reader:
+    """Characters of a JSON text, of which only the element at hand is kept."""
+
+    def __init__(self, source: io.TextIOWrapper) -> None:
+        self._source = source
+        self._buffer, self._at, self._ended = "", 0, False
+
+    def _more(self) -> None:
+        chunk = self._source.read(_CHUNK)
+        self._ended = not chunk
+        self._buffer, self._at = self._buffer[self._at :] + chunk, 0
+
+    def peek(self) -> str:
+        """The next character that is no white space, or "" at the end."""
+        while True:
+            found = _NO_SPACE.search(self._buffer, self._at)
+            self._at = found.start() if found else len(self._buffer)
+            if found or self._ended:
+                return self._buffer[self._at : self._at + 1]
+            self._more()
+
+    def token(self) -> str:
+        """The same, and step over it."""
+        char = self.peek()
+        self._at += len(char)
+        return char
+
+    def element(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                element, end = _DECODER.raw_decode(self._buffer, self._at)
+            except json.JSONDecodeError:
+                if self._ended or len(self._buffer) - self._at > _MAX_ITEM:
+                    raise
+            else:
+                if end < len(self._buffer) or self._ended:  # else a number may go on in the next chunk
+                    self._at = end
+                    return element
+            self._more()
 
 
 def text(value: Any) -> str | None:
