@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 def main() -> NoReturn:
     """Run the command line and exit with a code of ExitCode."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
     signal.signal(signal.SIGTERM, _stopper(ExitCode.TERMINATED))
     signal.signal(signal.SIGINT, _stopper(ExitCode.INTERRUPTED))
     if sys.argv[1:] == ["--version"]:
@@ -49,8 +52,10 @@ def _leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # the reader of a pipe has gone
-            code = code or 1
+        except BrokenPipeError:  # the reader has gone; what the run did stands, and the ledger says so
+            pass
+        except (OSError, ValueError):
+            code = code or int(ExitCode.TEMPORARY)
     os._exit(code)
 
 

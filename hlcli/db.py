@@ -44,8 +44,14 @@ def connect(settings: Settings, *, role: str = "hlcli", autocommit: bool = False
     """
     import psycopg
 
+    target = conninfo(settings)
+    try:
+        psycopg.conninfo.conninfo_to_dict(target)
+    except (psycopg.ProgrammingError, UnicodeDecodeError):
+        # libpq quotes what it cannot parse, and with it the password.
+        raise ConfigError("DATABASE_URL is neither a PostgreSQL URL nor key=value pairs") from None
     connection = psycopg.connect(
-        conninfo(settings),
+        target,
         autocommit=True,
         application_name=f"hlcli:{role}",
         connect_timeout=CONNECT_TIMEOUT,

@@ -83,6 +83,9 @@ _PERSON_NEEDED_WORDS = (
     'database "',
     'role "',
     "invalid connection option",
+    "for connection option",
+    "invalid port number",
+    "invalid sslmode value",
     "certificate",
     "permission denied",
 )
@@ -99,7 +102,8 @@ def exit_code_for(error: BaseException) -> ExitCode:
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
     if isinstance(error, SystemExit):
-        return ExitCode(error.code) if isinstance(error.code, int) else ExitCode.BUG
+        wanted = 0 if error.code is None else error.code
+        return next((code for code in ExitCode if code == wanted), ExitCode.BUG)
     import psycopg  # already loaded wherever its errors come from
 
     if isinstance(error, psycopg.Error):
@@ -109,9 +113,11 @@ def exit_code_for(error: BaseException) -> ExitCode:
         if isinstance(error, psycopg.OperationalError):
             told = str(error)
             known = not state and any(word in told for word in _PERSON_NEEDED_WORDS)
+            known = known and "too many connections" not in told
             return ExitCode.CONFIG if known else ExitCode.TEMPORARY
-        # 40: serialisation and deadlock; 53: out of disk or connections; 57: shutdown; 25006: read-only replica.
-        if state.startswith(("40", "53", "57", "58")) or state == "25006":
+        # 40: serialisation and deadlock; 53: out of disk or connections; 57: shutdown; 25006: read-only replica;
+        # 25P03: the process was stopped for so long that the server ended its transaction.
+        if state.startswith(("40", "53", "57", "58")) or state in {"25006", "25P03"}:
             return ExitCode.TEMPORARY
         if isinstance(error, psycopg.ProgrammingError) and not state:
             return ExitCode.CONFIG  # an unparsable connection string

@@ -212,7 +212,7 @@ class HttpClient:
                 if error.status not in _RETRIED:
                     raise
                 failure: SourceError = error
-            except BadPayloadError as error:
+            except SourceError as error:
                 failure = error
             except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
                 failure = SourceError(f"{where}: {_told(error)}")
@@ -228,7 +228,8 @@ class HttpClient:
         self, method: str, url: str, where: str, limit_bytes: int, timeout_s: float, **options: Any
     ) -> Answer:
         """Send one request and read its whole body, both within `timeout_s` of wall-clock time."""
-        ends = min(time.monotonic() + timeout_s, self.deadline)
+        began = time.monotonic()
+        ends = min(began + timeout_s, self.deadline)
         body = cast("IO[bytes]", tempfile.SpooledTemporaryFile(max_size=4 * MEGABYTE))  # noqa: SIM115
         try:
             with _end_at(ends):
@@ -236,7 +237,7 @@ class HttpClient:
                     method,
                     url,
                     stream=True,
-                    timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+                    timeout=(max(min(CONNECT_TIMEOUT_S, ends - began), 0.01), READ_TIMEOUT_S),
                     allow_redirects=method == "GET",
                     **options,
                 )
@@ -246,6 +247,9 @@ class HttpClient:
                         body.write(chunk)
                         if body.tell() > limit_bytes:
                             raise BadPayloadError(f"{where} served more than {limit_bytes // MEGABYTE} MB")
+            if time.monotonic() >= ends:
+                # An answer without a length ends with its connection, and the timer may be what ended that.
+                raise TimeoutError
         except BaseException as error:
             body.close()
             if time.monotonic() >= ends and isinstance(error, Exception):
@@ -347,6 +351,16 @@ def _new_session() -> requests.Session:
     from requests.adapters import HTTPAdapter
     from urllib3 import connection, connectionpool
 
+    class Session(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> str | None:
+            # Only a GET follows; for anything else requests would prepare the next request, body and all.
+            target = super().get_redirect_target(resp) if resp.request.method == "GET" else None
+            if target is not None:
+                # requests reads the body of a redirect whole and into memory, however long it is.
+                resp.raw.close()
+                resp._content = b""  # noqa: SLF001
+            return target
+
     class Connection(connection.HTTPConnection):
         def getresponse(self) -> Any:
             _arm(cast("socket.socket", self.sock))
@@ -368,7 +382,7 @@ def _new_session() -> requests.Session:
             super().init_poolmanager(*args, **kwargs)
             self.poolmanager.pool_classes_by_scheme = {"http": Pool, "https": SecurePool}
 
-    session = requests.Session()
+    session = Session()
     session.max_redirects = MAX_REDIRECTS
     session.headers.update(
         {"User-Agent": f"hlcli/{__version__}", "Accept": "application/json", "Accept-Encoding": "gzip"}

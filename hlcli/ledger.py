@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,15 @@ class Run:
     def finish(self, status: str, exit_code: ExitCode, error: str | None, details: dict[str, Any]) -> None:
         """Close the ledger row; `error` must be masked already."""
         finish(self.connection, self.run_id, status, exit_code, error, {**details, "spent": self._spent()})
+
+    def release(self) -> None:
+        """Give the lock back now: the server ends a closed session in its own time, and the next run may be near."""
+        import psycopg
+
+        with suppress(psycopg.Error):
+            self.connection.execute(
+                "select pg_advisory_unlock(%s, %s)", (LOCK_NAMESPACE, self.channel.lock_key)
+            )
 
     def _spent(self) -> dict[str, int]:
         return {

@@ -12,7 +12,7 @@ import re
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TextIO
-from urllib.parse import unquote, unquote_plus
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,19 +27,24 @@ _URL_PASSWORD = re.compile(
     r"(?P<head>\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)(?P<secret>[^\s]*)(?=@)", re.IGNORECASE
 )
 _KEYWORD = re.compile(
-    r"(?P<head>\b(?:password|passwd|pwd|token|secret|api_?key|aws_secret_access_key|aws_session_token)\s*[=:]\s*)"
+    r"(?P<head>(?:password|passwd|pwd|token|secret|api_?key|aws_secret_access_key)['\"]?\s*[=:]\s*)"
     r"(?P<secret>'[^']*'|\"[^\"]*\"|[^\s&,;]+)",
     re.IGNORECASE,
 )
 
 
 def register_secrets(values: Iterable[str | None]) -> None:
-    """Make sure these texts never appear in any message, as they are or percent-decoded.
+    """Make sure these texts never appear in any message, as they are, percent-decoded or percent-encoded.
 
     Texts under four characters are left out: masking them would only garble messages.
     """
     for value in values:
-        for form in {value or "", unquote(value or ""), unquote_plus(value or "")}:
+        plain = value or ""
+        for form in {
+            plain,
+            *(change(plain) for change in (unquote, unquote_plus, quote, quote_plus)),
+            quote(plain, ""),
+        }:
             if len(form) >= 4:
                 _secrets.add(form)
 
@@ -79,7 +84,7 @@ class _JsonFormatter(logging.Formatter):
             entry["run_id"] = run_id
         if record.exc_info:
             entry["traceback"] = redact(self.formatException(record.exc_info))
-        return json.dumps(entry, ensure_ascii=False)
+        return json.dumps(entry)
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

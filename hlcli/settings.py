@@ -67,7 +67,7 @@ def load(env_file: Path | None = None) -> Settings:
     if path:
         try:
             load_dotenv(path, override=False)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL
             raise ConfigError(f"cannot read {path}: {error}") from error
     return from_env(os.environ)
 
@@ -80,8 +80,12 @@ def from_env(env: Mapping[str, str]) -> Settings:
 
     def url(name: str, default: str) -> str:
         value = text(name, default).rstrip("/")
-        parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # its text would quote the password
+            usable = False
+        if not usable:
             raise ConfigError(f"{name} is not an http(s) URL")
         return value
 
@@ -102,13 +106,13 @@ def from_env(env: Mapping[str, str]) -> Settings:
     ping_url = url("HLCLI_PING_URL", "") if text("HLCLI_PING_URL") else None
     register_secrets(
         [
-            _password_of(database_url),
+            *_passwords_of(database_url),
             text("API_TOKEN"),
             text("AWS_SECRET_ACCESS_KEY"),
             text("AWS_SESSION_TOKEN"),
             text("PGPASSWORD"),
             # The path of a ping URL is its secret.
-            urlsplit(ping_url).path.replace("{job}", "").strip("/") if ping_url else None,
+            *(part.strip("/") for part in urlsplit(ping_url or "").path.split("{job}")),
         ]
     )
     return Settings(
@@ -143,16 +147,22 @@ def _libpq(database_url: str | None) -> str | None:
     if database_url is None:
         return None
     url = re.sub(r"^postgres(ql)?(\+[a-z0-9]+)?://", "postgresql://", database_url)
-    if "://" in url and not url.startswith("postgresql://"):
+    if re.match(r"\w[\w+.-]*://", url) and not url.startswith("postgresql://"):
         raise ConfigError("DATABASE_URL is not a PostgreSQL URL")
     return url
 
 
-def _password_of(database_url: str | None) -> str | None:
-    if not database_url:
-        return None
+def _passwords_of(database_url: str | None) -> set[str]:
+    """Whatever may be a password in a database URL, and every piece of it that libpq may quote.
+
+    libpq takes an unescaped delimiter for the end of the password and complains of the rest as host, port or option.
+    """
     # By hand: urlsplit refuses exactly the malformed URLs whose password must not be shown either.
-    found = re.search(r"://[^:/@]*:(.*)@", database_url) or re.search(
-        r"password\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", database_url
-    )
-    return found.group(1).strip("'") if found else None
+    found = re.findall(r"://[^:/@]*:(.*)@", database_url or "")
+    for text in re.findall(r"password\s*=\s*('(?:[^'\\]|\\.)*'?|\S+)", database_url or ""):
+        found += [text.strip("'"), text.split("&")[0]]
+    pieces = set(found)
+    for text in found:
+        cuts = [match.start() for match in re.finditer(r"[@:/?#&=%,\[\]]", text)][:50]
+        pieces |= {text[start:end] for start in (0, *(cut + 1 for cut in cuts)) for end in (*cuts, len(text))}
+    return pieces

@@ -142,7 +142,17 @@ begin
     oldest := floor(now_s - window_s - margin_s)::bigint;
     delete from rate_budget_buckets b where b.egress_key = key and (b.second < oldest or b.second > now_s + 5);
     delete from rate_budget_waiters w where w.egress_key = key
-        and (w.expires_at < to_timestamp(now_s) or w.expires_at > to_timestamp(now_s + 3600));
+        and (w.expires_at < to_timestamp(now_s) or w.expires_at > to_timestamp(now_s + 60));
+
+    -- So would a refusal (at most five minutes long) and a pace.
+    if gate.blocked_until > to_timestamp(now_s + 600) then
+        gate.blocked_until := '-infinity';
+    end if;
+    if gate.paced_until > to_timestamp(now_s + 600) then
+        gate.paced_until := '-infinity';
+    end if;
+    update rate_budget r set blocked_until = gate.blocked_until, paced_until = gate.paced_until
+        where r.egress_key = key and (r.blocked_until, r.paced_until) <> (gate.blocked_until, gate.paced_until);
 
     select coalesce(sum(b.weight), 0), coalesce(sum(b.urgent_weight), 0), coalesce(sum(b.requests), 0)
         into used, used_urgent, sent from rate_budget_buckets b where b.egress_key = key;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -94,10 +95,15 @@ def show_report(report: Report, *, as_json: bool) -> None:
     """Print what a job did, then exit with its code: JSON when asked, a summary on a terminal, else nothing."""
     from hlcli import output
 
-    if as_json:
-        output.print_json(report.as_json())
-    elif sys.stdout.isatty():
-        _summary(report)
+    try:
+        if as_json:
+            output.print_json(report.as_json())
+        elif sys.stdout.isatty():
+            _summary(report)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, the work is done: the run's own code counts, not the 1 that Typer would exit with.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     if report.exit_code is ExitCode.PARTIAL or (report.exit_code and not as_json):
         logs.log.warning("%s: %s", report.channel.label, report.error or report.status)
     raise typer.Exit(int(report.exit_code))

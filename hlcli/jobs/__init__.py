@@ -110,6 +110,7 @@ def running(
                 **run._spent(),  # noqa: SLF001
             }
             _close(settings, run, report)
+            run.release()
             ping(settings, channel.name, run.run_id, report.exit_code, report.error or "")
             logs.set_run_id(None)
     if run.counts.new_rejects:

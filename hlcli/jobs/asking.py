@@ -55,7 +55,8 @@ def ask_each(
                 under_way[pool.submit(ask, unit)] = unit
             if not under_way:
                 return len(units) - settled
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+            # A signal that comes just before a wait without end would be looked at only after it.
+            for future in wait(under_way, timeout=1.0, return_when=FIRST_COMPLETED).done:
                 unit = under_way.pop(future)
                 try:
                     answer = future.result()

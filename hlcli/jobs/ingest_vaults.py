@@ -168,7 +168,14 @@ class _Batch:
             counts = quarantine(connection, vaults.METRICS, told.rejected, run.run_id)
             for rows in (told.listed, told.unlisted):
                 counts += _upsert_vaults(connection, rows, run)
-            counts += load(connection, vaults.METRICS, told.metrics, rule=Merge.UPDATE, run_id=run.run_id)
+            counts += load(
+                connection,
+                vaults.METRICS,
+                told.metrics,
+                rule=Merge.UPDATE,
+                known_by=["vault_address"],
+                run_id=run.run_id,
+            )
             run.add(counts, units_ok=len(self.answers), units_failed=self.failures, rows_failed=self.failures)
         self.answers, self.failures = [], 0
 

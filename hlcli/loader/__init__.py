@@ -53,12 +53,15 @@ def load(
     run_id: UUID,
     newer: str | None = None,
     touch: Sequence[str] = (),
+    known_by: Sequence[str] | None = None,
 ) -> Counts:
     """Load a frame whose columns are the table's columns; returns what became of each row.
 
     Rows with one key within the frame: the last wins, with IGNORE the first, with NEWER the greatest `newer`.
     `touch` names columns (such as updated_at) that are written with a change but do not make one. A partitioned
-    table needs a partition for every time that checks.py lets through: give it a DEFAULT one.
+    table needs a partition for every time that checks.py lets through: give it a DEFAULT one. `known_by` names the
+    columns that identify a row in quarantine, by default the primary key: a key that holds the hour of the run would
+    be new there every hour.
 
     Must be called inside a transaction. Raises ValueError for a frame that does not fit the table (an error of
     the caller) and psycopg.Error when the database fails.
@@ -72,14 +75,15 @@ def load(
         raise ValueError(f"{table.name}: {newer} cannot tell which row is newer")
     if frame.is_empty():
         return Counts()
+    identity = known_by or table.key
     good, bad = checks.split(frame, table)
     rejected = [
-        Rejected([row.get(name) for name in table.key], row.pop("_reason"), row, row.pop("_column"))
+        Rejected([row.get(name) for name in identity], row.pop("_reason"), row, row.pop("_column"))
         for row in bad.to_dicts()
     ]
     rows, repeats = _sorted(good, table, rule, newer)
     stage = _stage(connection, table, rows)
-    rejected += _break_checks(connection, table, stage, rows.columns)
+    rejected += _break_checks(connection, table, stage, rows.columns, identity)
     duplicate = _drop_repeats(connection, table, stage, rule) if repeats else 0
     staged = frame.height - len(rejected) - duplicate
     inserted, updated = _merge(connection, table, stage, rows.columns, rule, newer, touch, staged)
@@ -113,13 +117,13 @@ def _drop_repeats(connection: Connection[Any], table: Table, stage: sql.Identifi
     """Leave one row of each key in the stage: the first with IGNORE, else the last; returns how many went."""
     dropped = connection.execute(
         sql.SQL(
-            "with dropped as (delete from {stage} repeated using {stage} kept"
-            " where {same} and kept.ctid {order} repeated.ctid returning repeated.ctid)"
-            " select count(distinct ctid) from dropped"
+            "with dropped as (delete from {stage} where ctid in (select place from (select ctid as place,"
+            " row_number() over (partition by {key} order by ctid {order}) as turn from {stage}) turns"
+            " where turn > 1) returning 1) select count(*) from dropped"
         ).format(
             stage=stage,
-            same=_same_key(table, "kept", "repeated"),
-            order=sql.SQL("<" if rule is Merge.IGNORE else ">"),
+            key=sql.SQL(", ").join(map(sql.Identifier, table.key)),
+            order=sql.SQL("asc" if rule is Merge.IGNORE else "desc"),
         )
     ).fetchone()
     assert dropped is not None
@@ -181,7 +185,11 @@ def _trusted(text: Any) -> LiteralString:
 
 
 def _break_checks(
-    connection: Connection[Any], table: Table, stage: sql.Identifier, columns: Sequence[str]
+    connection: Connection[Any],
+    table: Table,
+    stage: sql.Identifier,
+    columns: Sequence[str],
+    identity: Sequence[str],
 ) -> list[Rejected]:
     """Take the rows that break a CHECK of the table out of the stage."""
     rejected = []
@@ -215,7 +223,7 @@ def _break_checks(
         ).fetchall()
         for values in broken:
             row = dict(zip(columns, values, strict=True))
-            rejected.append(Rejected([row.get(key) for key in table.key], f"check {name}", row))
+            rejected.append(Rejected([row.get(key) for key in identity], f"check {name}", row))
     return rejected
 
 

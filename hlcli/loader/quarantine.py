@@ -61,7 +61,10 @@ def _identity(entry: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _json(payload: Mapping[str, Any] | str) -> str:
     # ensure_ascii turns the NUL characters and lone surrogates, for which rows come here, into harmless text.
-    return json.dumps(payload, default=str)
+    try:
+        return json.dumps(payload, default=str)
+    except RecursionError:
+        return '"nested too deeply to show"'
 
 
 def _key(row: Rejected) -> str:

@@ -90,7 +90,8 @@ class _Reader:
 def text(value: Any) -> str | None:
     """A scalar as its own text, true and false as such, a list or object as JSON text, None as None.
 
-    Lone surrogates, which JSON can spell and UTF-8 cannot, become NUL, for which the loader rejects the row.
+    Lone surrogates, which JSON can spell and UTF-8 cannot, become NUL, for which the loader rejects the row;
+    so does what is nested too deeply to write down.
     """
     if value is None or isinstance(value, str):
         plain = value
@@ -99,10 +100,24 @@ def text(value: Any) -> str | None:
     elif isinstance(value, (int, Decimal)):
         return str(value)
     else:
-        plain = json.dumps(value, default=str, ensure_ascii=True)
+        try:
+            plain = _json(value)
+        except RecursionError:
+            plain = "\x00"
     if plain is None or plain.isascii():
         return plain
     return "".join("\x00" if "\ud800" <= char <= "\udfff" else char for char in plain)
+
+
+def _json(value: Any) -> str:
+    """JSON text with the digits of every Decimal, which json.dumps could only turn into a string or a float."""
+    if isinstance(value, Decimal):
+        return str(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join([f"{json.dumps(name)}: {_json(held)}" for name, held in value.items()]) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join([_json(held) for held in value]) + "]"
+    return json.dumps(value)
 
 
 def frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> pl.DataFrame:
