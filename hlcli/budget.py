@@ -60,6 +60,7 @@ class Budget:
         self._settings = settings
         self._lock = threading.Lock()
         self._connection: Connection[Any] | None = None
+        self._closed = False
         self.requests = 0
         """Requests settled by this process."""
         self.weight = 0
@@ -82,6 +83,8 @@ class Budget:
                 settings.hl_api_requests_per_minute,
                 MARGIN_S,
             )
+            if self._closed:
+                raise DeadlineError("the run has ended")
             if second is not None:
                 return Grant(second, weight, priority)
             left = deadline - time.monotonic()
@@ -111,7 +114,9 @@ class Budget:
         )
 
     def close(self) -> None:
+        """Grant no more; what is in the air stays charged as reserved."""
         with self._lock:
+            self._closed = True
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
@@ -125,9 +130,11 @@ class Budget:
 
         for attempt in (1, 2, 3):
             with self._lock:
+                if self._closed:
+                    return None, None
                 try:
                     if self._connection is None or self._connection.closed:
-                        self._connection = db.connect(self._settings, role="budget", autocommit=True)
+                        self._connection = db.connect(self._settings, role="budget")
                     row = ask(self._connection)
                 except psycopg.OperationalError:
                     if self._connection is not None:

@@ -35,8 +35,8 @@ def conninfo(settings: Settings) -> str:
     return embedded.ensure_running(settings.hlcli_home)
 
 
-def connect(settings: Settings, *, role: str = "hlcli", autocommit: bool = False) -> Connection[Any]:
-    """Open a connection in UTC with time-outs and keepalives.
+def connect(settings: Settings, *, role: str) -> Connection[Any]:
+    """Open an autocommit connection in UTC with time-outs and keepalives.
 
     `role` is what pg_stat_activity shows after "hlcli:".
 
@@ -68,7 +68,6 @@ def connect(settings: Settings, *, role: str = "hlcli", autocommit: bool = False
             found = connection.info.parameter_status("server_version")
             raise ConfigError(f"PostgreSQL 14 or newer is needed, the server is {found}")
         connection.execute(_SESSION)
-        connection.autocommit = autocommit
     except BaseException:
         connection.close()
         raise

@@ -64,9 +64,26 @@ def stop(home: Path) -> bool:
         return False
     with _locked(home):
         server = _server(data)
+        if _forget_dead(data):
+            return False
         server.ensure_postgres_running()  # only reads the running server's address
         server.stop()
     return True
+
+
+def _forget_dead(data: Path) -> bool:
+    """Remove the pid file of a server that was killed; the wheel takes even an unreaped process for a live one."""
+    import psutil  # comes with the wheel
+
+    pid_file = data / "postmaster.pid"
+    try:
+        process = psutil.Process(int(pid_file.read_text().split()[0]))
+        alive = process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, IndexError, psutil.Error):
+        alive = False
+    if not alive:
+        pid_file.unlink(missing_ok=True)
+    return not alive
 
 
 def _attach(data: Path) -> str | None:
@@ -122,6 +139,7 @@ def _start(data: Path) -> None:
         server = _server(data)
         with server._lock:  # noqa: SLF001 - the wheel's own order of steps, without its registry of users
             server.ensure_pgdata_inited()
+            _forget_dead(data)
             server.ensure_postgres_running()
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         raise TemporaryError(

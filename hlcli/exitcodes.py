@@ -122,6 +122,8 @@ def exit_code_for(error: BaseException) -> ExitCode:
         if isinstance(error, psycopg.ProgrammingError) and not state:
             return ExitCode.CONFIG  # an unparsable connection string
         return ExitCode.BUG
+    if isinstance(error, PermissionError):
+        return ExitCode.CONFIG
     if isinstance(error, OSError):
         return ExitCode.TEMPORARY  # disk full, socket errors: outside of our hands
     return ExitCode.BUG

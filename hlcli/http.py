@@ -65,15 +65,19 @@ class StatusError(SourceError):
         self.status = status
         self.retry_after_s = retry_after_s
 
+    @property
+    def of_question(self) -> bool:
+        """Whether the status speaks of what was asked, not of the source; 403 may well mean all that we ask."""
+        return self.status in {400, 404, 422}
+
 
 @dataclass(slots=True)
 class Answer:
-    """A whole answer, not yet decoded. `body` is a file at its start; `size` is its length, unpacked."""
+    """A whole answer, not yet decoded. `body` is a file at its start."""
 
     status: int
     headers: Mapping[str, str]
     body: IO[bytes]
-    size: int
 
 
 @dataclass(kw_only=True)
@@ -120,7 +124,7 @@ class HttpClient:
                     _check(where, answer)
                     decoded = decode(where, answer.body.read())
                 if cost_of is not None:
-                    cost = min(cost_of(decoded), weight)
+                    cost = cost_of(decoded)
             except StatusError as error:
                 if error.status == 429:
                     refused_s = error.retry_after_s
@@ -132,7 +136,6 @@ class HttpClient:
 
         return self._retrying(where, attempt, gate_waits=self.budget is not None)
 
-    @contextmanager
     def download(
         self,
         url: str,
@@ -141,31 +144,25 @@ class HttpClient:
         check: Callable[[IO[bytes]], T],
         limit_bytes: int = 256 * MEGABYTE,
         timeout_s: float = 300.0,
-    ) -> Iterator[tuple[Answer, T | None]]:
-        """GET a large JSON body whole into a temporary file, outside of the weight budget.
+    ) -> tuple[T | None, str | None]:
+        """GET a large JSON body, outside of the weight budget; returns what `check(body)` made of it, and its ETag.
 
-        Yields the answer and what `check(body)` returned; status 304 and None when `etag` still names the body.
-        `check` raises BadPayloadError for a body that is not whole, which is retried. Raises like post_json().
+        The first is None when `etag` still names the body. `check` gets the whole body as a file and raises
+        BadPayloadError when it is not what it should be, which is retried. Raises like post_json().
         """
         where = _place(url)
         headers = {"If-None-Match": etag} if etag else {}
 
-        def attempt() -> tuple[Answer, T | None]:
+        def attempt() -> tuple[T | None, str | None]:
             answer = self._exchange("GET", url, where, limit_bytes, timeout_s, headers=headers)
-            try:
+            with answer.body:
+                told = answer.headers.get("ETag")
                 if answer.status == 304 and etag:
-                    return answer, None
+                    return None, told or etag
                 _check(where, answer)
-                checked = check(answer.body)
-                answer.body.seek(0)
-            except BaseException:
-                answer.body.close()
-                raise
-            return answer, checked
+                return check(answer.body), told
 
-        answer, checked = self._retrying(where, attempt, gate_waits=False)
-        with answer.body:
-            yield answer, checked
+        return self._retrying(where, attempt, gate_waits=False)
 
     def close(self) -> None:
         """Close every connection of every thread."""
@@ -222,6 +219,8 @@ class HttpClient:
                 raise failure
             log.info("%s; attempt %d of %d", one_line(failure), failures + 1, MAX_ATTEMPTS)
             asked = failure.retry_after_s if isinstance(failure, StatusError) else 0.0
+            if asked and time.monotonic() + asked > self.deadline:
+                raise failure  # this one cannot be had in time, others may
             self._sleep(asked or random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**failures)))
 
     def _exchange(
@@ -257,9 +256,8 @@ class HttpClient:
                     raise DeadlineError("the run's time is up") from error
                 raise SourceError(f"{where} did not answer whole within {timeout_s:g} s") from error
             raise
-        size = body.tell()
         body.seek(0)
-        return Answer(response.status_code, response.headers, body, size)
+        return Answer(response.status_code, response.headers, body)
 
     def _session(self) -> requests.Session:
         """A session a thread: requests does not promise that one may be shared."""

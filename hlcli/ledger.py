@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 from hlcli import __version__
-from hlcli.exitcodes import ConfigError, ExitCode
+from hlcli.exitcodes import ConfigError, ExitCode, TemporaryError
 from hlcli.loader import Counts
 from hlcli.migrations import LOCK_NAMESPACE
 from hlcli.sqlfiles import query
@@ -58,7 +59,7 @@ class Channel:
 
 @dataclass(slots=True)
 class Run:
-    """One run of a channel, alive. `connection` writes and holds the lock."""
+    """One run of a channel, alive. `connection` writes and holds the lock; counts are those of committed units."""
 
     connection: Connection[Any]
     channel: Channel
@@ -70,38 +71,22 @@ class Run:
     units_ok: int = 0
     units_failed: int = 0
     rows_failed: int = 0
+    _mutex: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
-    def unit(self) -> Iterator[Connection[Any]]:
-        """A transaction for one unit: rows, cursors and add() inside it commit together or not at all."""
-        before = (self.counts, self.units_ok, self.units_failed, self.rows_failed)
-        try:
-            with self.connection.transaction():
-                yield self.connection
-        except BaseException:
-            self.counts, self.units_ok, self.units_failed, self.rows_failed = before
-            raise
+    def unit(self, connection: Connection[Any] | None = None) -> Iterator[Unit]:
+        """A transaction for one unit, on the run's connection or on one of a worker of its own.
 
-    def add(
-        self, counts: Counts | None = None, *, units_ok: int = 0, units_failed: int = 0, rows_failed: int = 0
-    ) -> None:
-        """Count what a unit did, here and in the ledger row. `rows_failed` rows were served but not handled."""
-        counts = (counts or Counts()) + Counts(served=rows_failed)
-        self.connection.execute(
-            query("ledger", "add"),
-            {
-                **asdict(counts),
-                "units_ok": units_ok,
-                "units_failed": units_failed,
-                "failed": rows_failed,
-                "run_id": self.run_id,
-                **self._spent(),
-            },
-        )
-        self.counts += counts
-        self.units_ok += units_ok
-        self.units_failed += units_failed
-        self.rows_failed += rows_failed
+        Rows, cursors and add() inside it commit together or not at all.
+        """
+        unit = Unit(self, connection or self.connection)
+        with unit.connection.transaction():
+            yield unit
+        with self._mutex:
+            self.counts += unit.counts
+            self.units_ok += unit.units_ok
+            self.units_failed += unit.units_failed
+            self.rows_failed += unit.rows_failed
 
     def cursor(self, name: str) -> Any:
         """What keep_cursor() last stored under this name, or None."""
@@ -110,16 +95,26 @@ class Run:
         ).fetchone()
         return row[0] if row else None
 
-    def keep_cursor(self, name: str, value: Any) -> None:
-        """Store where to go on; call it inside the unit() whose rows it speaks of."""
-        self.connection.execute(
-            query("ledger", "keep_cursor"),
-            (self.channel.source, self.channel.name, name, json.dumps(value), self.started_at),
+    def finish(
+        self,
+        connection: Connection[Any],
+        status: str,
+        exit_code: ExitCode,
+        error: str | None,
+        details: dict[str, Any],
+    ) -> None:
+        """Close the row, on any connection (the run's own may be lost); `error` must be masked already."""
+        connection.execute(
+            query("ledger", "finish"),
+            {
+                "status": status,
+                "exit_code": int(exit_code),
+                "error": error,
+                "details": json.dumps(details, default=str),
+                "run_id": self.run_id,
+                **self.spent,
+            },
         )
-
-    def finish(self, status: str, exit_code: ExitCode, error: str | None, details: dict[str, Any]) -> None:
-        """Close the ledger row; `error` must be masked already."""
-        finish(self.connection, self.run_id, status, exit_code, error, {**details, "spent": self._spent()})
 
     def release(self) -> None:
         """Give the lock back now: the server ends a closed session in its own time, and the next run may be near."""
@@ -130,34 +125,59 @@ class Run:
                 "select pg_advisory_unlock(%s, %s)", (LOCK_NAMESPACE, self.channel.lock_key)
             )
 
-    def _spent(self) -> dict[str, int]:
+    @property
+    def spent(self) -> dict[str, int]:
+        """Requests and weight that this run charged to the budget so far."""
         return {
             "requests": self.budget.requests if self.budget else 0,
             "weight": self.budget.weight if self.budget else 0,
         }
 
 
-def finish(
-    connection: Connection[Any],
-    run_id: UUID,
-    status: str,
-    exit_code: ExitCode,
-    error: str | None,
-    details: dict[str, Any],
-) -> None:
-    """Close a ledger row that is still running; any connection will do (the run's own may be lost)."""
-    spent = details.pop("spent", {"requests": 0, "weight": 0})
-    connection.execute(
-        query("ledger", "finish"),
-        {
-            "status": status,
-            "exit_code": int(exit_code),
-            "error": error,
-            "details": json.dumps(details, default=str),
-            "run_id": run_id,
-            **spent,
-        },
-    )
+@dataclass(slots=True)
+class Unit:
+    """One transaction of a run; what it counts is the run's once it is committed."""
+
+    run: Run
+    connection: Connection[Any]
+    counts: Counts = field(default_factory=Counts)
+    units_ok: int = 0
+    units_failed: int = 0
+    rows_failed: int = 0
+
+    def add(
+        self, counts: Counts | None = None, *, units_ok: int = 0, units_failed: int = 0, rows_failed: int = 0
+    ) -> None:
+        """Count what the unit did, here and in the ledger row. `rows_failed` rows were served but not handled.
+
+        Raises TemporaryError, so that nothing of the unit is committed, when a later run has taken over.
+        """
+        counts = (counts or Counts()) + Counts(served=rows_failed)
+        alive = self.connection.execute(
+            query("ledger", "add"),
+            {
+                **asdict(counts),
+                "units_ok": units_ok,
+                "units_failed": units_failed,
+                "failed": rows_failed,
+                "run_id": self.run.run_id,
+                **self.run.spent,
+            },
+        ).fetchone()
+        if alive is None:
+            raise TemporaryError("another run has taken over; nothing of this unit is kept")
+        self.counts += counts
+        self.units_ok += units_ok
+        self.units_failed += units_failed
+        self.rows_failed += rows_failed
+
+    def keep_cursor(self, name: str, value: Any) -> None:
+        """Store where to go on, with the rows that it speaks of."""
+        channel = self.run.channel
+        self.connection.execute(
+            query("ledger", "keep_cursor"),
+            (channel.source, channel.name, name, json.dumps(value), self.run.started_at),
+        )
 
 
 def begin(
@@ -225,8 +245,12 @@ def health(connection: Connection[Any], channel: Channel) -> Health:
     assert row is not None
     last, last_success, current, skips, now = row
     age = now - last_success if last_success else None
-    if current:
+    started = datetime.fromisoformat(current["started_at"]) if current else None
+    # A run that hangs must not look healthy for ever: beyond the time of a stale success it is stale itself.
+    if started and (now - max(started, last_success or started)) <= channel.stale_after:
         state = "running"
+    elif started:
+        state = "stale"
     elif last is None:
         state = "missing"
     elif last["status"] in {"failed", "interrupted", "abandoned", "running"}:

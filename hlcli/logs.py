@@ -63,6 +63,9 @@ def one_line(error: BaseException) -> str:
     return redact(told)[:500]
 
 
+_run_id: str | None = None
+
+
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
@@ -79,9 +82,8 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "message": redact(record.getMessage()),
         }
-        run_id = getattr(record, "run_id", None) or _run_id
-        if run_id:
-            entry["run_id"] = run_id
+        if _run_id:
+            entry["run_id"] = _run_id
         if record.exc_info:
             entry["traceback"] = redact(self.formatException(record.exc_info))
         return json.dumps(entry)
@@ -97,9 +99,6 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
             return
         self.stream = sys.stderr
         super().emit(record)
-
-
-_run_id: str | None = None
 
 
 def set_run_id(run_id: str | None) -> None:

@@ -111,7 +111,7 @@ def connect_ready(settings: Settings, *, role: str) -> Connection[Any]:
 
     Raises ConfigError when the schema is not current.
     """
-    connection = db.connect(settings, role=role, autocommit=True)
+    connection = db.connect(settings, role=role)
     try:
         if settings.embedded and pending(connection):
             migrate(connection)

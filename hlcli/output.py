@@ -35,7 +35,7 @@ def print_json(data: Mapping[str, Any]) -> None:
     )
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table of at most 100 columns on a terminal, tab-separated lines elsewhere (nothing is cut there)."""
     cells = [[_cell(value) for value in row] for row in rows]
     if not sys.stdout.isatty():
@@ -47,7 +47,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
     from rich.table import Table
 
     console = Console(width=min(WIDTH, Console().width))
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table = Table(header_style="bold", box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in cells:

@@ -16,6 +16,7 @@ create table hyperliquid_vaults_discovery.vaults (
     allow_deposits           boolean,
     always_close_on_withdraw boolean,
     vault_create_time        timestamptz,
+    details_failed_at        timestamptz,
     created_at               timestamptz not null default clock_timestamp(),
     updated_at               timestamptz not null,
     constraint vaults_address check (vault_address ~ '^0x[0-9a-f]{40}$')
@@ -24,6 +25,8 @@ comment on table hyperliquid_vaults_discovery.vaults is
     'Every vault that the exchange''s list ever named. The address is the only key: names repeat.';
 comment on column hyperliquid_vaults_discovery.vaults.apr is 'as the list serves it: a fraction, 0.1 is 10 %';
 comment on column hyperliquid_vaults_discovery.vaults.description is 'from vaultDetails, as are the two flags';
+comment on column hyperliquid_vaults_discovery.vaults.details_failed_at is
+    'last hour in which vaultDetails gave nothing usable; such a vault waits its turn like one that was read';
 comment on column hyperliquid_vaults_discovery.vaults.updated_at is 'start of the run that last changed the row';
 
 -- No foreign key to vaults: a vault whose row is in quarantine may still have good metrics.

@@ -14,7 +14,7 @@ VAULTS = "hyperliquid_vaults_discovery.vaults"
 METRICS = "hyperliquid_vaults_discovery.vault_metrics"
 TOP = "hyperliquid_vaults_discovery.top_500_vaults"
 LIST = "/Mainnet/vaults"
-CLOCK = ("created_at", "updated_at", "observed_at")
+CLOCK = ("created_at", "updated_at", "observed_at", "details_failed_at")
 WINDOWS = {"day": "day", "week": "week", "month": "month", "allTime": "all_time"}
 # Enough weight that no test waits for the budget.
 PLENTY = {"HL_API_WEIGHT_PER_MINUTE": "100000"}

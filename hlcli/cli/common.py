@@ -104,7 +104,7 @@ def show_report(report: Report, *, as_json: bool) -> None:
     except BrokenPipeError:
         # The reader has gone, the work is done: the run's own code counts, not the 1 that Typer would exit with.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-    if report.exit_code is ExitCode.PARTIAL or (report.exit_code and not as_json):
+    if report.exit_code:
         logs.log.warning("%s: %s", report.channel.label, report.error or report.status)
     raise typer.Exit(int(report.exit_code))
 

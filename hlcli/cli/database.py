@@ -18,7 +18,7 @@ def init(as_json: common.Json = False) -> None:
     """Create or upgrade the schema. Harmless to repeat, and to start several times at once."""
     from hlcli import db, migrations, output
 
-    with db.connect(common.settings(), role="init", autocommit=True) as connection:
+    with db.connect(common.settings(), role="init") as connection:
         done = migrations.migrate(connection)
         migrations.require_current(connection)
     labels = [migration.label for migration in done]
@@ -40,7 +40,7 @@ def info(as_json: common.Json = False) -> None:
     from hlcli import db, migrations, output
 
     settings = common.settings()
-    with db.connect(settings, role="info", autocommit=True) as connection:
+    with db.connect(settings, role="info") as connection:
         about = connection.info
         size = connection.execute("select pg_size_pretty(pg_database_size(current_database()))").fetchone()
         facts = {

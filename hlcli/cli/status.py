@@ -13,7 +13,9 @@ from hlcli.exitcodes import ExitCode
 if TYPE_CHECKING:
     from hlcli.jobs.status import Status
 
-EPILOG = common.epilog("hlcli status --check --channel vaults", *common.JOB_CODES[:3])
+EPILOG = common.epilog(
+    "hlcli status --check --channel vaults", ExitCode.PARTIAL, ExitCode.TEMPORARY, ExitCode.CONFIG
+)
 
 
 def status(

@@ -1,7 +1,7 @@
 """How every job runs: one connection that holds the lock and writes, a ledger row, an exit code, a ping.
 
-A job module declares `CHANNEL` and a function that opens a `running()` block, fetches from a source, loads in
-units, and returns nothing: the Report is made from what the run counted.
+A job module declares `CHANNEL` and a function that hands its work to run_job(): fetch from a source, load in units.
+The Report is made from what the run counted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hlcli import ledger, logs, migrations
+from hlcli.budget import Budget
 from hlcli.exitcodes import ExitCode, HlcliError, LockedError, exit_code_for
+from hlcli.http import HttpClient
 from hlcli.jobs.ping import ping
 from hlcli.ledger import Channel, Run
 from hlcli.logs import log, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from datetime import timedelta
 
     from hlcli.settings import Settings
 
@@ -58,21 +61,44 @@ class Report:
 class Job:
     """A run that holds its channel's lock, and the report that it fills."""
 
+    settings: Settings
     run: Run
     report: Report
 
+    @contextmanager
+    def client(self, *, deadline: timedelta, per_second: float | None = None) -> Iterator[HttpClient]:
+        """The HTTP client of this run; what it spends is the run's. `deadline` counts from now."""
+        self.run.budget = budget = Budget(self.settings)
+        client = HttpClient(
+            budget=budget, deadline=time.monotonic() + deadline.total_seconds(), per_second=per_second
+        )
+        try:
+            yield client
+        finally:
+            client.close()
+            budget.close()
 
-@contextmanager
-def running(
-    settings: Settings, channel: Channel, *, fail_if_locked: bool = False
-) -> Iterator[tuple[Report, Job | None]]:
-    """Run the block as a run of `channel`; the job is None, and nothing to do, when another run holds the lock.
 
-    The report is complete after the block. The status follows from what was counted: `partial` when some units
-    failed, `failed` when all did. An exception marks the run `failed` (a signal: `interrupted`) and goes on.
+def run_job(
+    settings: Settings, channel: Channel, work: Callable[[Job], None], *, fail_if_locked: bool = False
+) -> Report:
+    """Do `work` as a run of `channel`; nothing, and a report that says `skipped`, when another run holds the lock.
+
+    The status follows from what was counted: `partial` when some units failed, `failed` when all did. An exception
+    marks the run `failed` (a signal: `interrupted`) and goes on.
 
     Raises LockedError with `fail_if_locked`, ConfigError for an old schema, psycopg.Error for the database.
     """
+    with _running(settings, channel, fail_if_locked=fail_if_locked) as (report, job):
+        if job is not None:
+            work(job)
+    return report
+
+
+@contextmanager
+def _running(
+    settings: Settings, channel: Channel, *, fail_if_locked: bool = False
+) -> Iterator[tuple[Report, Job | None]]:
     started = time.monotonic()
     report = Report(channel)
     connection = migrations.connect_ready(settings, role=channel.name)
@@ -88,9 +114,9 @@ def running(
             return
         report.run_id = str(run.run_id)
         logs.set_run_id(report.run_id)
-        ping(settings, channel.name, run.run_id, None)
         try:
-            yield report, Job(run, report)
+            ping(settings, channel.name, run.run_id, None)
+            yield report, Job(settings, run, report)
             report.status, report.exit_code = _verdict(run)
         except BaseException as error:
             report.exit_code = exit_code_for(error)
@@ -107,12 +133,11 @@ def running(
                 "units_ok": run.units_ok,
                 "units_failed": run.units_failed,
                 "rows_failed": run.rows_failed,
-                **run._spent(),  # noqa: SLF001
+                **run.spent,
             }
             _close(settings, run, report)
             run.release()
             ping(settings, channel.name, run.run_id, report.exit_code, report.error or "")
-            logs.set_run_id(None)
     if run.counts.new_rejects:
         log.warning(
             "%s: %d rows quarantined for the first time, see table rejected_rows",
@@ -133,10 +158,11 @@ def _close(settings: Settings, run: Run, report: Report) -> None:
 
     details = {**report.details, **({"failed": report.failed} if report.failed else {})}
     try:
-        run.finish(report.status, report.exit_code, report.error, details)
+        run.finish(run.connection, report.status, report.exit_code, report.error, details)
     except psycopg.Error:
+        run.connection.close()  # an open transaction of ours would lock the very row that is to be closed
         with suppress(psycopg.Error, HlcliError), migrations.connect_ready(settings, role="ledger") as other:
-            ledger.finish(other, run.run_id, report.status, report.exit_code, report.error, details)
+            run.finish(other, report.status, report.exit_code, report.error, details)
 
 
 def channels() -> list[Channel]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hlcli import output
 from hlcli.budget import DeadlineError
-from hlcli.http import HttpClient, SourceError
+from hlcli.http import HttpClient, SourceError, StatusError
 from hlcli.logs import log, one_line
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def ask_each(
     bar = output.progress(len(units), label, f" {label}")
     try:
         while True:
-            while not stopping and len(under_way) < concurrency and settled + len(under_way) < len(units):
-                unit = next(left)
+            while not stopping and len(under_way) < concurrency and (unit := next(left, None)) is not None:
                 under_way[pool.submit(ask, unit)] = unit
             if not under_way:
                 return len(units) - settled
@@ -64,7 +63,7 @@ def ask_each(
                     stopping = True
                     continue
                 except SourceError as error:
-                    failures_in_a_row += 1
+                    failures_in_a_row += not (isinstance(error, StatusError) and error.of_question)
                     if failures_in_a_row == OUTAGE_AFTER and not stopping:
                         stopping = True
                         log.warning(
@@ -77,7 +76,7 @@ def ask_each(
                 settled += 1
                 bar.update()
     finally:
-        # Threads that still wait for weight or an answer see that time is up.
-        client.deadline = 0.0
+        if under_way:  # ended by an exception: no thread may begin another attempt
+            client.deadline = 0.0
         pool.shutdown(wait=False, cancel_futures=True)
         bar.close()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from hlcli.budget import Budget, Priority
-from hlcli.http import BadPayloadError, HttpClient, SourceError
-from hlcli.jobs import Job, Report, running
+from hlcli.budget import Priority
+from hlcli.http import BadPayloadError
+from hlcli.jobs import Job, Report, run_job
 from hlcli.jobs.asking import ask_each
 from hlcli.ledger import Channel
-from hlcli.loader import Counts, Merge, load, quarantine
+from hlcli.loader import Merge, load, quarantine
 from hlcli.sources import vaults
 from hlcli.sqlfiles import query
 
@@ -23,9 +22,10 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     import polars as pl
-    from psycopg import Connection
 
-    from hlcli.ledger import Run
+    from hlcli.http import HttpClient, SourceError
+    from hlcli.ledger import Unit
+    from hlcli.loader import Counts
     from hlcli.settings import Settings
 
 CHANNEL = Channel("hyperliquid", "vaults", timedelta(hours=1), "hlcli ingest vaults", "7 * * * *")
@@ -57,57 +57,47 @@ def ingest_vaults(settings: Settings, options: Options) -> Report:
     The list and each batch of vaults commit by themselves. Reaching the deadline is no failure: what is left is
     told and comes first next time.
 
-    Raises SourceError when the list cannot be had, and what running() raises.
+    Raises SourceError when the list cannot be had, and what run_job() raises.
     """
-    with running(settings, CHANNEL, fail_if_locked=options.fail_if_locked) as (report, job):
-        if job is None:
-            return report
-        budget = Budget(settings)
-        job.run.budget = budget
-        client = HttpClient(
-            budget=budget,
-            deadline=time.monotonic() + options.deadline.total_seconds(),
-            per_second=options.requests_per_second,
-        )
-        try:
-            _load_list(settings, client, job, options)
-            _load_details(settings, client, job, options)
-        finally:
-            client.close()
-            budget.close()
-    return report
+
+    def work(job: Job) -> None:
+        with job.client(deadline=options.deadline, per_second=options.requests_per_second) as client:
+            _load_list(client, job, options)
+            _load_details(client, job, options)
+
+    return run_job(settings, CHANNEL, work, fail_if_locked=options.fail_if_locked)
 
 
-def _load_list(settings: Settings, client: HttpClient, job: Job, options: Options) -> None:
+def _load_list(client: HttpClient, job: Job, options: Options) -> None:
     """Upsert the whole list in one transaction, with its ETag and length."""
-    run = job.run
+    run, url = job.run, vaults.list_url(job.settings)
     last = run.cursor("list") or {}
-    with vaults.fetch_list(client, settings, etag=last.get("etag")) as (found, etag):
-        if found is None:
-            job.report.details["vaults_in_list"] = "not modified"
-            return
-        least = int(last.get("vaults", 0) * LEAST_SHARE_OF_LAST_LIST)
-        if found.vaults.height < least and not options.accept_short_list:
+    # An ETag says nothing about another server's list.
+    etag = last.get("etag") if last.get("url") == url else None
+    found, etag = vaults.fetch_list(client, job.settings, etag=etag)
+    if found is None:
+        job.report.details["vaults_in_list"] = "not modified"
+        return
+    least = int(last.get("vaults", 0) * LEAST_SHARE_OF_LAST_LIST)
+    if found.vaults.height < least and not options.accept_short_list:
+        raise BadPayloadError(
+            f"the vault list has {found.vaults.height} vaults, the last one had {last['vaults']}: refused, "
+            "nothing was changed (--accept-short-list takes it)"
+        )
+    with run.unit() as unit:
+        counts = _upsert_vaults(unit, found.vaults)
+        counts += quarantine(unit.connection, vaults.VAULTS, found.rejected, run.run_id)
+        usable = found.served - counts.rejected
+        if usable < found.served * LEAST_SHARE_OF_LAST_LIST and not options.accept_short_list:
             raise BadPayloadError(
-                f"the vault list has {found.vaults.height} vaults, the last one had {last['vaults']}: refused, "
-                "nothing was changed (--accept-short-list takes it)"
+                f"{counts.rejected} of {found.served} entries of the vault list are unusable: refused"
             )
-        with run.unit() as connection:
-            counts = _upsert_vaults(connection, found.vaults, run)
-            counts += quarantine(connection, vaults.VAULTS, found.rejected, run.run_id)
-            if (
-                counts.rejected > found.served * (1 - LEAST_SHARE_OF_LAST_LIST)
-                and not options.accept_short_list
-            ):
-                raise BadPayloadError(
-                    f"{counts.rejected} of {found.served} entries of the vault list are unusable: refused"
-                )
-            run.keep_cursor("list", {"etag": etag, "vaults": found.vaults.height})
-            run.add(counts)
+        unit.keep_cursor("list", {"url": url, "etag": etag, "vaults": found.vaults.height})
+        unit.add(counts)
     job.report.details["vaults_in_list"] = found.served
 
 
-def _load_details(settings: Settings, client: HttpClient, job: Job, options: Options) -> None:
+def _load_details(client: HttpClient, job: Job, options: Options) -> None:
     run, report = job.run, job.report
     hour = run.started_at.replace(minute=0, second=0, microsecond=0)
     due = run.connection.execute(
@@ -128,7 +118,7 @@ def _load_details(settings: Settings, client: HttpClient, job: Job, options: Opt
     report.details["left_for_next_run"] = ask_each(
         client,
         todo,
-        lambda address: vaults.fetch_details(client, settings, address, Priority.NORMAL),
+        lambda address: vaults.fetch_details(client, job.settings, address, Priority.NORMAL),
         batch,
         concurrency=options.concurrency,
         label="vaults",
@@ -142,7 +132,7 @@ class _Batch:
     def __init__(self, job: Job, hour: datetime, unlisted: frozenset[str]) -> None:
         self.job, self.hour, self.unlisted = job, hour, unlisted
         self.answers: list[tuple[str, Any]] = []
-        self.failures = 0
+        self.failures: list[str] = []
 
     def answered(self, unit: str, answer: Any) -> None:
         self.answers.append((unit, answer))
@@ -150,11 +140,11 @@ class _Batch:
 
     def failed(self, unit: str, error: SourceError) -> None:
         self.job.report.fail(unit, error)
-        self.failures += 1
+        self.failures.append(unit)
         self._commit_if_full()
 
     def _commit_if_full(self) -> None:
-        if len(self.answers) + self.failures >= BATCH_VAULTS:
+        if len(self.answers) + len(self.failures) >= BATCH_VAULTS:
             self.commit()
 
     def commit(self) -> None:
@@ -164,31 +154,35 @@ class _Batch:
         run = self.job.run
         # In the order of addresses, whatever order the answers came in.
         told = vaults.details(sorted(self.answers, key=itemgetter(0)), self.hour, self.unlisted)
-        with run.unit() as connection:
-            counts = quarantine(connection, vaults.METRICS, told.rejected, run.run_id)
-            for rows in (told.listed, told.unlisted):
-                counts += _upsert_vaults(connection, rows, run)
+        failed = len(self.failures)
+        with run.unit() as unit:
+            counts = _upsert_vaults(unit, told.listed) + _upsert_vaults(unit, told.unlisted)
             counts += load(
-                connection,
+                unit.connection,
                 vaults.METRICS,
                 told.metrics,
                 rule=Merge.UPDATE,
                 known_by=["vault_address"],
                 run_id=run.run_id,
             )
-            run.add(counts, units_ok=len(self.answers), units_failed=self.failures, rows_failed=self.failures)
-        self.answers, self.failures = [], 0
+            counts += quarantine(unit.connection, vaults.METRICS, told.rejected, run.run_id)
+            unread = [*self.failures, *(row.key[0] for row in told.rejected)]
+            unit.connection.execute(
+                query("vaults", "details_failed"), {"hour": self.hour, "addresses": unread}
+            )
+            unit.add(counts, units_ok=len(self.answers), units_failed=failed, rows_failed=failed)
+        self.answers, self.failures = [], []
 
 
-def _upsert_vaults(connection: Connection[Any], rows: pl.DataFrame, run: Run) -> Counts:
+def _upsert_vaults(unit: Unit, rows: pl.DataFrame) -> Counts:
     import polars as pl
 
-    updated_at = pl.lit(run.started_at).cast(pl.Datetime("us", "UTC")).alias("updated_at")
+    updated_at = pl.lit(unit.run.started_at).cast(pl.Datetime("us", "UTC")).alias("updated_at")
     return load(
-        connection,
+        unit.connection,
         vaults.VAULTS,
         rows.with_columns(updated_at),
         rule=Merge.UPDATE,
         touch=["updated_at"],
-        run_id=run.run_id,
+        run_id=unit.run.run_id,
     )

@@ -83,7 +83,7 @@ def _fits(frame: pl.DataFrame, table: Table) -> None:
 
 
 def _rule(column: Column, given: pl.DataType, *, is_key: bool) -> Rule:
-    kind = column.kind.split("(")[0]
+    kind = column.kind
     if kind in _INTEGERS:
         return _integer(column, given, *_INTEGERS[kind])
     maker = _RULES.get(kind)

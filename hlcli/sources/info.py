@@ -58,6 +58,8 @@ def ask(
     Raises as HttpClient.post_json() does. `null` comes back as None: the exchange has no such thing.
     """
     kind = question["type"]
+    if kind in _ITEMS_PER_WEIGHT and most_items <= 0:
+        raise ValueError(f"{kind}: its weight depends on how many items it can return; say most_items")
     cost_of: Callable[[Any], int] | None = None
     if kind in _ITEMS_PER_WEIGHT:
 

@@ -7,7 +7,6 @@ JSON numbers, times in milliseconds.
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from hlcli.loader.checks import NUMERIC_TEXT
 from hlcli.sources import info, wire
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
 
     import polars as pl
@@ -92,16 +91,19 @@ class Details:
     rejected: list[Rejected]
 
 
-@contextmanager
+def list_url(settings: Settings) -> str:
+    """Where the list is."""
+    return f"{settings.hl_stats_url}/vaults"
+
+
 def fetch_list(
     client: HttpClient, settings: Settings, *, etag: str | None
-) -> Iterator[tuple[VaultList | None, str | None]]:
-    """GET the vault list (about 9,500 entries, 14 MB); yields (None, etag) when `etag` still names it.
+) -> tuple[VaultList | None, str | None]:
+    """GET the vault list (about 9,500 entries, 14 MB) and its ETag; None when `etag` still names it.
 
     Raises SourceError when it cannot be had whole.
     """
-    with client.download(f"{settings.hl_stats_url}/vaults", etag=etag, check=parse_list) as (answer, found):
-        yield found, answer.headers.get("ETag")
+    return client.download(list_url(settings), etag=etag, check=parse_list)
 
 
 def parse_list(body: IO[bytes]) -> VaultList:

@@ -19,6 +19,7 @@ update ingestion_runs set units_ok = units_ok + %(units_ok)s, units_failed = uni
     rows_duplicate = rows_duplicate + %(duplicate)s, rows_rejected = rows_rejected + %(rejected)s,
     rows_failed = rows_failed + %(failed)s, requests = %(requests)s, weight = %(weight)s
 where run_id = %(run_id)s and status = 'running'
+returning run_id
 
 -- name: finish
 update ingestion_runs set status = %(status)s, exit_code = %(exit_code)s, error = %(error)s,

@@ -4,8 +4,9 @@
 -- name: due
 with candidate as (
     select v.vault_address, v.tvl_usd,
-           (select max(m.observed_at) from hyperliquid_vaults_discovery.vault_metrics m
-             where m.vault_address = v.vault_address and m.observed_at < %(hour)s) as last_seen
+           greatest((select max(m.observed_at) from hyperliquid_vaults_discovery.vault_metrics m
+                      where m.vault_address = v.vault_address and m.observed_at < %(hour)s),
+                    case when v.details_failed_at < %(hour)s then v.details_failed_at end) as last_seen
     from hyperliquid_vaults_discovery.vaults v
     where case when %(addresses)s::text[] is not null then v.vault_address = any (%(addresses)s::text[])
                else (%(include_closed)s or not v.is_closed)
@@ -19,6 +20,11 @@ order by last_seen is not null,
          extract(epoch from %(hour)s - coalesce(last_seen, %(hour)s))
              * ln(exp(1::numeric) + greatest(coalesce(tvl_usd, 0), 0)) desc,
          tvl_usd desc nulls last, vault_address
+
+-- A vault that cannot be read must not head the queue for ever.
+-- name: details_failed
+update hyperliquid_vaults_discovery.vaults set details_failed_at = %(hour)s
+where vault_address = any (%(addresses)s) and details_failed_at is distinct from %(hour)s
 
 -- Every vault with its place in the ranking, or the reason why it has none.
 -- name: rank

@@ -192,6 +192,18 @@ def test_order_is_never_seen_first_then_age_times_tvl(ingest, sim, connection):
     assert asked(sim) == [never, old_small, large, middle, same_age_small, fresh]
 
 
+@pytest.mark.parametrize("kind", ["null", "status"])
+def test_a_vault_that_cannot_be_read_does_not_head_the_queue_for_ever(ingest, sim, connection, kind):
+    largest, *others = open_addresses(sim)
+    sim.add_fault(Fault("vaultDetails", kind, times=None, address=largest, status=422))
+    ingest(limit=3, concurrency=1)
+    assert asked(sim) == [largest, *others[:2]]
+    for table, column in ((VAULTS, "details_failed_at"), (METRICS, "observed_at")):
+        connection.execute(f"update {table} set {column} = {column} - interval '1 hour'")
+    ingest(limit=3, concurrency=1)
+    assert asked(sim)[3:] == others[2:5], "those never asked come before the one that failed"
+
+
 def test_a_partial_run_is_finished_by_the_next_one_without_asking_twice(ingest, sim, connection):
     ingest(limit=10)
     first = set(asked(sim))

@@ -62,3 +62,7 @@ def test_the_readme_names_every_command():
     assert len(commands) >= 6
     for command in commands:
         assert f"`hlcli {command}" in README, command
+
+
+def test_no_placeholder_is_left():
+    assert not re.search(r"@[A-Z]+@", README)

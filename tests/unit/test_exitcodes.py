@@ -218,7 +218,7 @@ def test_too_many_connections_are_temporary(role, connection, what):
 
 
 def test_a_connection_that_the_server_ended_is_temporary(settings, connection):
-    with db.connect(settings(), role="victim", autocommit=True) as opened:
+    with db.connect(settings(), role="victim") as opened:
         connection.execute("select pg_terminate_backend(%s, 5000)", (opened.info.backend_pid,))
         with pytest.raises(psycopg.Error) as caught:
             opened.execute("select 1")
@@ -231,8 +231,7 @@ def test_a_connection_that_the_server_ended_is_temporary(settings, connection):
 def test_a_process_that_slept_through_its_transaction_is_temporary(settings, connection):
     with db.connect(settings(), role="sleeper") as opened:
         opened.execute("set idle_in_transaction_session_timeout = '20ms'")
-        opened.commit()
-        opened.execute("select 1")
+        opened.execute("begin")
         pid = opened.info.backend_pid
         while connection.execute("select 1 from pg_stat_activity where pid = %s", (pid,)).fetchone():
             time.sleep(0.01)
