@@ -21,7 +21,7 @@ import psycopg
 import pytest
 from psycopg import conninfo, sql
 
-from hlcli import embedded, migrations
+from hlcli import embedded, logs, migrations
 from hlcli import settings as settings_module
 from hlcli.settings import Settings
 
@@ -48,6 +48,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HLCLI_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
+    logs.set_run_id(None)  # a job that ran in this process left its own
 
 
 @pytest.fixture
