@@ -22,7 +22,9 @@ select set_config('TimeZone', 'UTC', false),
        set_config('lock_timeout', '60s', false),
        set_config('idle_in_transaction_session_timeout', '5min', false),
        set_config('client_min_messages', 'warning', false),
-       set_config('search_path', current_schema(), false)
+       set_config('search_path', quote_ident(current_schema()), false),
+       set_config('DateStyle', 'ISO, MDY', false),
+       set_config('IntervalStyle', 'postgres', false)
 """
 
 
@@ -53,6 +55,8 @@ def connect(settings: Settings, *, role: str) -> Connection[Any]:
     connection = psycopg.connect(
         target,
         autocommit=True,
+        # Binary COPY sends UTF-8, whatever the environment, the role or the URL say.
+        client_encoding="utf8",
         application_name=f"hlcli:{role}",
         connect_timeout=CONNECT_TIMEOUT,
         # A half-open connection is noticed within a minute, not within the kernel's two hours.
@@ -67,6 +71,11 @@ def connect(settings: Settings, *, role: str) -> Connection[Any]:
         if connection.info.server_version < MINIMUM_VERSION:
             found = connection.info.parameter_status("server_version")
             raise ConfigError(f"PostgreSQL 14 or newer is needed, the server is {found}")
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise ConfigError(
+                f"the database's encoding is {encoding}: create one with ENCODING 'UTF8' TEMPLATE template0"
+            )
         connection.execute(_SESSION)
     except BaseException:
         connection.close()

@@ -45,10 +45,10 @@ def ensure_running(home: Path) -> str:
     running = _attach(data)
     if running is not None:
         return running
-    if not re.fullmatch(r"[\w./+@:,~-]+", str(data)):
+    if not re.fullmatch(r"[\w./+@:~-]+", str(data)):
         # The wheel hands the path to a shell as it is.
         raise ConfigError(
-            f"HLCLI_HOME: the embedded server cannot live in {data}: only letters, digits and ./+@:,~-_"
+            f"HLCLI_HOME: the embedded server cannot live in {data}: only letters, digits and ./+@:~-_"
         )
     try:
         home.mkdir(parents=True, exist_ok=True)

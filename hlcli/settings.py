@@ -103,6 +103,9 @@ def from_env(env: Mapping[str, str]) -> Settings:
     weight = count("HL_API_WEIGHT_PER_MINUTE", 1200, 20, 1_000_000)
     assert weight is not None
     database_url = text("DATABASE_URL") or None
+    egress_key = text("HL_EGRESS_KEY", socket.gethostname())
+    if len(egress_key) > 200 or not egress_key.isprintable():
+        raise ConfigError("HL_EGRESS_KEY must be at most 200 printable characters")
     ping_url = url("HLCLI_PING_URL", "") if text("HLCLI_PING_URL") else None
     register_secrets(
         [
@@ -122,7 +125,7 @@ def from_env(env: Mapping[str, str]) -> Settings:
         hl_stats_url=url("HL_STATS_URL", "https://stats-data.hyperliquid.xyz/Mainnet"),
         hl_api_weight_per_minute=weight,
         hl_api_requests_per_minute=count("HL_API_REQUESTS_PER_MINUTE", None, 1, 1_000_000),
-        hl_egress_key=text("HL_EGRESS_KEY", socket.gethostname()),
+        hl_egress_key=egress_key,
         hlcli_ping_url=ping_url,
         hlcli_log_format=log_format,
     )

@@ -75,7 +75,7 @@ def duration(text: str | timedelta) -> timedelta:
 def amount(text: str) -> Decimal:
     """A finite decimal number."""
     try:
-        value = Decimal(text)
+        value = Decimal(text if text.isascii() and "_" not in text else "NaN")
     except InvalidOperation:
         value = Decimal("NaN")
     if not value.is_finite() or abs(value) >= Decimal("1e40"):

@@ -20,8 +20,9 @@ WEIGHT_PER_MINUTE = 60_000
 # A later dataset adds its step here.
 STEPS: tuple[tuple[str, ...], ...] = (
     ("init",),
-    ("ingest", "vaults"),
-    ("rank", "vaults"),
+    # A step that another run keeps from working must not pass for done.
+    ("ingest", "vaults", "--fail-if-locked"),
+    ("rank", "vaults", "--fail-if-locked"),
     ("status",),
 )
 
