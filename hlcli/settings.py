@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,8 +138,7 @@ def default_home() -> Path:
     """
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         return Path("/var/lib/hlcli")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "hlcli"
+    # macOS too: the space in "Application Support" is more than the embedded server's starter can take.
     base = os.environ.get("XDG_DATA_HOME", "")
     return (Path(base) if base.startswith("/") else Path.home() / ".local" / "share") / "hlcli"
 
