@@ -84,12 +84,14 @@ class Answer:
 class HttpClient:
     """A client for one run. Safe to use from several threads.
 
-    `deadline` is a time.monotonic() value that no request outlives; `per_second` an own limit on requests.
+    `deadline` is a time.monotonic() value that no request outlives; `per_second` an own limit on requests; `attempts`
+    how often a request is tried before it has failed (429 aside).
     """
 
     budget: Budget | None = None
     deadline: float = float("inf")
     per_second: float | None = None
+    attempts: int = MAX_ATTEMPTS
     _local: threading.local = field(default_factory=threading.local, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _next_slot: float = field(default=0.0, init=False)
@@ -215,9 +217,9 @@ class HttpClient:
                 failure = SourceError(f"{where}: {_told(error)}")
                 failure.__cause__ = error
             failures += 1
-            if failures >= MAX_ATTEMPTS:
+            if failures >= self.attempts:
                 raise failure
-            log.info("%s; attempt %d of %d", one_line(failure), failures + 1, MAX_ATTEMPTS)
+            log.info("%s; attempt %d of %d", one_line(failure), failures + 1, self.attempts)
             asked = failure.retry_after_s if isinstance(failure, StatusError) else 0.0
             if asked and time.monotonic() + asked > self.deadline:
                 raise failure  # this one cannot be had in time, others may

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from hlcli.settings import Settings
 
 FAILED_SHOWN = 20
+# What a run that came to its end tells by its exit code.
+CODES = {"ok": ExitCode.OK, "partial": ExitCode.PARTIAL, "failed": ExitCode.TEMPORARY}
 
 
 @dataclass(slots=True)
@@ -64,14 +66,14 @@ class Job:
     settings: Settings
     run: Run
     report: Report
+    verdict: str | None = None
+    """ok, partial or failed, where the job knows better than the count of units."""
 
     @contextmanager
-    def client(self, *, deadline: timedelta, per_second: float | None = None) -> Iterator[HttpClient]:
+    def client(self, *, deadline: timedelta, **options: Any) -> Iterator[HttpClient]:
         """The HTTP client of this run; what it spends is the run's. `deadline` counts from now."""
         self.run.budget = budget = Budget(self.settings)
-        client = HttpClient(
-            budget=budget, deadline=time.monotonic() + deadline.total_seconds(), per_second=per_second
-        )
+        client = HttpClient(budget=budget, deadline=time.monotonic() + deadline.total_seconds(), **options)
         try:
             yield client
         finally:
@@ -84,21 +86,11 @@ def run_job(
 ) -> Report:
     """Do `work` as a run of `channel`; nothing, and a report that says `skipped`, when another run holds the lock.
 
-    The status follows from what was counted: `partial` when some units failed, `failed` when all did. An exception
-    marks the run `failed` (a signal: `interrupted`) and goes on.
+    The status follows from what was counted: `partial` when some units failed, `failed` when all did; a job with
+    thresholds of its own sets Job.verdict. An exception marks the run `failed` (a signal: `interrupted`) and goes on.
 
     Raises LockedError with `fail_if_locked`, ConfigError for an old schema, psycopg.Error for the database.
     """
-    with _running(settings, channel, fail_if_locked=fail_if_locked) as (report, job):
-        if job is not None:
-            work(job)
-    return report
-
-
-@contextmanager
-def _running(
-    settings: Settings, channel: Channel, *, fail_if_locked: bool = False
-) -> Iterator[tuple[Report, Job | None]]:
     started = time.monotonic()
     report = Report(channel)
     connection = migrations.connect_ready(settings, role=channel.name)
@@ -110,14 +102,15 @@ def _running(
             log.warning("%s: another run holds the lock, skipped", channel.label)
             if fail_if_locked:
                 raise LockedError(f"{channel.label}: another run holds the lock")
-            yield report, None
-            return
+            return report
         report.run_id = str(run.run_id)
         logs.set_run_id(report.run_id)
         try:
             ping(settings, channel.name, run.run_id, None)
-            yield report, Job(settings, run, report)
-            report.status, report.exit_code = _verdict(run)
+            job = Job(settings, run, report)
+            work(job)
+            report.status = job.verdict or _verdict(run)
+            report.exit_code = CODES[report.status]
         except BaseException as error:
             report.exit_code = exit_code_for(error)
             stopped = report.exit_code in {ExitCode.INTERRUPTED, ExitCode.TERMINATED}
@@ -144,12 +137,13 @@ def _running(
             channel.label,
             run.counts.new_rejects,
         )
+    return report
 
 
-def _verdict(run: Run) -> tuple[str, ExitCode]:
+def _verdict(run: Run) -> str:
     if not run.units_failed:
-        return "ok", ExitCode.OK
-    return ("partial", ExitCode.PARTIAL) if run.units_ok else ("failed", ExitCode.TEMPORARY)
+        return "ok"
+    return "partial" if run.units_ok else "failed"
 
 
 def _close(settings: Settings, run: Run, report: Report) -> None:

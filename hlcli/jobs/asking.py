@@ -36,10 +36,11 @@ def ask_each(
     *,
     concurrency: int,
     label: str,
+    outage_after: int | None = OUTAGE_AFTER,
 ) -> int:
     """Ask of every unit, in order, `concurrency` at once; returns how many are left.
 
-    Units are left when the client's deadline is reached, or after ten failures in a row. Whatever `outcomes`
+    Units are left when the client's deadline is reached, or after `outage_after` failures in a row. Whatever `outcomes`
     raises ends the asking; threads still under way are given up. `label` names the units on the progress bar.
     """
     left = iter(units)
@@ -64,10 +65,10 @@ def ask_each(
                     continue
                 except SourceError as error:
                     failures_in_a_row += not (isinstance(error, StatusError) and error.of_question)
-                    if failures_in_a_row == OUTAGE_AFTER and not stopping:
+                    if failures_in_a_row == outage_after and not stopping:
                         stopping = True
                         log.warning(
-                            "%d %s failed in a row, stopping: %s", OUTAGE_AFTER, label, one_line(error)
+                            "%d %s failed in a row, stopping: %s", outage_after, label, one_line(error)
                         )
                     outcomes.failed(unit, error)
                 else:

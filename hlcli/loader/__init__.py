@@ -248,10 +248,10 @@ def _merge(
     values = [name for name in columns if name not in table.key]
     compared = [name for name in values if name not in touch]
     ignore = rule is Merge.IGNORE or not compared
-    stored = 1
+    stored = None  # not looked up
     if not ignore or staged >= PROBE_ROWS:
         stored = _stored_keys(connection, table, stage, at_most=1 if ignore else staged)
-    if not stored and staged >= PROBE_ROWS:
+    if stored == 0 and staged >= PROBE_ROWS:
         # ON CONFLICT writes and confirms each row twice, a third of the time. When no key is stored, a plain
         # insert will do; a writer who gets in between is found out by the key, and the careful way follows.
         try:
@@ -280,6 +280,7 @@ def _merge(
     # What is new follows from what was stored: xmax, which would tell, is out of reach in partitioned tables, and
     # Citus reports wrong command tags.
     written = _number(connection, counted.format(insert, action))
+    assert stored is not None
     inserted = min(staged - stored, written)
     return inserted, written - inserted
 

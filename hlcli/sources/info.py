@@ -41,6 +41,8 @@ _ITEMS_PER_WEIGHT = {
 
 def weight(kind: str, items: int = 0) -> int:
     """What a question of this type costs when it returns so many items (rounded up: the rounding is unpublished)."""
+    if kind == "batchClearinghouseStates":
+        return max(20, 2 * items)  # undocumented: the dearer of any question and of each wallet by itself
     per = _ITEMS_PER_WEIGHT.get(kind)
     return _BASE.get(kind, 20) + (-(-items // per) if per else 0)
 
@@ -52,6 +54,7 @@ def ask(
     *,
     most_items: int = 0,
     priority: Priority = Priority.NORMAL,
+    timeout_s: float = 30.0,
 ) -> Any:
     """Ask one question and return the decoded answer; `most_items` is the most that it can return.
 
@@ -67,5 +70,10 @@ def ask(
             return weight(kind, len(answer) if isinstance(answer, list) else 0)
 
     return client.post_json(
-        url, question, weight=weight(kind, most_items), cost_of=cost_of, priority=priority
+        url,
+        question,
+        weight=weight(kind, most_items),
+        cost_of=cost_of,
+        priority=priority,
+        timeout_s=timeout_s,
     )

@@ -21,26 +21,23 @@ _NO_SPACE = re.compile(r"[^ \t\r\n]")
 _DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=str)
 
 
-def items(body: IO[bytes]) -> Iterator[Any]:
+def items(body: IO[bytes], name: str | None = None) -> Iterator[Any]:
     """The elements of a JSON array one by one, so that 40 MB are never 40 MB of Python objects.
+
+    The array is the whole body or, with `name`, the value of that name in the object that the body is.
 
     Not by ijson: what it remembers grows with the square of the nesting, gigabytes for 200 KB of brackets, and one
     lone surrogate in a name makes it give up the list.
 
-    Raises ValueError, ArithmeticError or RecursionError for a body that is cut off, no array, or holds an element
-    of over a million characters.
+    Raises ValueError, ArithmeticError or RecursionError for a body that is cut off, has no such array, or holds an
+    element of over a million characters.
     """
     source = io.TextIOWrapper(body, "utf-8", newline="")
     try:
         reader = _Reader(source)
-        if reader.token() != "[":
-            raise ValueError("not a JSON array")
-        mark = "," if reader.peek() != "]" else reader.token()
-        while mark == ",":
-            yield reader.element()
-            mark = reader.token()
-        if mark != "]" or reader.token():
-            raise ValueError("the JSON array is cut off")
+        yield from reader.elements() if name is None else reader.member(name)
+        if reader.token():
+            raise ValueError("something follows the JSON value")
     finally:
         source.detach()
 
@@ -52,7 +49,7 @@ class _Reader:
         self._source = source
         self._buffer, self._at, self._ended = "", 0, False
 
-    def _more(self) -> None:
+    def _fill(self) -> None:
         chunk = self._source.read(_CHUNK)
         self._ended = not chunk
         self._buffer, self._at = self._buffer[self._at :] + chunk, 0
@@ -64,7 +61,7 @@ class _Reader:
             self._at = found.start() if found else len(self._buffer)
             if found or self._ended:
                 return self._buffer[self._at : self._at + 1]
-            self._more()
+            self._fill()
 
     def token(self) -> str:
         """The same, and step over it."""
@@ -72,7 +69,47 @@ class _Reader:
         self._at += len(char)
         return char
 
+    def expect(self, char: str) -> None:
+        """Step over this character."""
+        if self.token() != char:
+            raise ValueError(f"not the JSON that was expected, or cut off: no {char}")
+
+    def another(self, closing: str) -> bool:
+        """After a value: whether another one follows, or else the closing bracket."""
+        mark = self.token()
+        if mark not in {",", closing} or not mark:
+            raise ValueError("the JSON is cut off")
+        return mark == ","
+
+    def elements(self) -> Iterator[Any]:
+        """The elements of the array that comes next."""
+        self.expect("[")
+        if self.peek() == "]":
+            self.token()
+            return
+        yield self.element()
+        while self.another("]"):
+            yield self.element()
+
+    def member(self, name: str) -> Iterator[Any]:
+        """The elements of the array of this name in the object that comes next."""
+        self.expect("{")
+        found = False
+        while True:
+            key = self.element()
+            self.expect(":")
+            if key == name and not found:
+                found = True
+                yield from self.elements()
+            else:
+                self.element()
+            if not self.another("}"):
+                break
+        if not found:
+            raise ValueError(f"the JSON object has no {name}")
+
     def element(self) -> Any:
+        """The value that comes next, decoded."""
         self.peek()
         while True:
             try:
@@ -84,7 +121,7 @@ class _Reader:
                 if end < len(self._buffer) or self._ended:  # else a number may go on in the next chunk
                     self._at = end
                     return element
-            self._more()
+            self._fill()
 
 
 def text(value: Any) -> str | None:

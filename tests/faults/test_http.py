@@ -499,12 +499,11 @@ def test_any_decimal_survives_decoding(number):
 # F12: too slow, too much
 
 
-def test_a_dripping_body_is_ended_by_the_requests_clock(sim, quick, monkeypatch):
-    monkeypatch.setattr(hlcli.http, "MAX_ATTEMPTS", 2)
+def test_a_dripping_body_is_ended_by_the_requests_clock(sim, quick):
     sim.fault("drip", times=None, seconds=60)
     began = time.monotonic()
     with pytest.raises(SourceError, match="whole within 0.5 s"):
-        sim.post(timeout_s=0.5)
+        sim.post(HttpClient(attempts=2), timeout_s=0.5)
     assert time.monotonic() - began < 30, "not by the end of the drip"
 
 
@@ -514,12 +513,11 @@ def test_a_dripping_body_is_retried(sim, quick):
     assert sim.asked == 2
 
 
-def test_dripping_headers_are_ended_by_the_requests_clock_and_retried(sim, quick, monkeypatch):
-    monkeypatch.setattr(hlcli.http, "MAX_ATTEMPTS", 2)
+def test_dripping_headers_are_ended_by_the_requests_clock_and_retried(sim, quick):
     sim.fault("drip_headers", times=2, seconds=60)
     began = time.monotonic()
     with pytest.raises(SourceError):
-        sim.post(timeout_s=0.5)
+        sim.post(HttpClient(attempts=2), timeout_s=0.5)
     assert time.monotonic() - began < 30
     assert sim.asked == 2
     sim.simulator.clear_faults()
