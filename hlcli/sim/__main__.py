@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     simulator = Simulator(
         seed=options.seed,
         vaults=options.vaults,
+        wallets=options.wallets,
         weight_per_minute=options.weight_per_minute,
         latency=options.latency,
         faults=faults,
@@ -63,11 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--port", type=int, default=0, help="port to listen on (0: any free one)")
     parser.add_argument("--vaults", type=int, default=300, help="number of vaults")
+    parser.add_argument("--wallets", type=int, default=300, help="number of wallets")
     parser.add_argument("--weight-per-minute", type=int, default=1200, help="weight budget of the server")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     parser.add_argument("--seed", type=int, default=1, help="seed of the data")
     parser.add_argument("--faults", type=Path, help="JSON file with an array of faults")
-    parser.add_argument("--now-ms", type=int, help="the exchange's clock (default: this hour)")
+    parser.add_argument(
+        "--now-ms", type=int, help="the exchange's clock (default: this hour; the wallets': real time)"
+    )
     parser.add_argument("--until-eof", action="store_true", help="also stop when stdin is closed")
     return parser
 

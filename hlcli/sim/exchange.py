@@ -15,7 +15,7 @@ from typing import Any
 from hlcli.sim.answers import BadRequestError, Document, InfoHandler
 from hlcli.sim.faults import Fault, FaultScript, Reply, default_reply, load_faults, rewrite
 from hlcli.sim.served import Served, ServedLog
-from hlcli.sim.weights import DEFAULT_WEIGHT, WeightWindow, base_weight, extra_weight
+from hlcli.sim.weights import WeightWindow, extra_weight, request_weight
 from hlcli.sim.wire import encode
 
 INFO_PATH = "/info"
@@ -46,6 +46,11 @@ class Exchange:
         self.log = ServedLog()
         self._info: dict[str, InfoHandler] = {}
         self._documents: dict[str, Document] = {}
+        self._controls: dict[tuple[str, str], Callable[[bytes], Any]] = {
+            ("GET", "/sim/log"): lambda _: self.log.as_json(),
+            ("GET", "/sim/stats"): lambda _: self.stats(),
+            ("POST", "/sim/faults"): self._replace_faults,
+        }
 
     def register_info(self, handlers: Mapping[str, InfoHandler]) -> None:
         """Answer these info types."""
@@ -54,6 +59,10 @@ class Exchange:
     def register_document(self, path: str, document: Document) -> None:
         """Serve this document under a path, outside the weight budget."""
         self._documents[path] = document
+
+    def register_control(self, path: str, handler: Callable[[bytes], Any]) -> None:
+        """Let POSTs to a page below /sim/ change the simulator; ValueError means a bad request."""
+        self._controls["POST", path] = handler
 
     def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Outcome:
         """The answer to one request; header names are in lower case."""
@@ -76,7 +85,7 @@ class Exchange:
 
     def _info_request(self, path: str, body: bytes) -> Outcome:
         request, kind, address = _parse(body)
-        base = base_weight(kind) if request is not None else DEFAULT_WEIGHT
+        base = request_weight(kind, request)
         served = Served(monotonic(), "POST", path, kind, address, 0, 429, None)
         if not self.window.admit(base):
             self.log.add(served)
@@ -134,18 +143,19 @@ class Exchange:
 
     def _control(self, method: str, path: str, body: bytes) -> Reply:
         """The simulator's own pages, for a test that runs in another process."""
-        if (method, path) == ("GET", "/sim/log"):
-            return Reply(200, json.dumps(self.log.as_json()).encode())
-        if (method, path) == ("GET", "/sim/stats"):
-            return Reply(200, json.dumps(self.stats()).encode())
-        if (method, path) == ("POST", "/sim/faults"):
-            try:
-                faults = load_faults(body)
-            except (ValueError, RecursionError) as error:
-                return Reply(400, str(error).encode(), "text/plain; charset=utf-8")
-            self.script.replace(faults)
-            return Reply(200, json.dumps({"faults": len(faults)}).encode())
-        return Reply(404, b"not found", "text/plain; charset=utf-8")
+        handler = self._controls.get((method, path))
+        if handler is None:
+            return Reply(404, b"not found", "text/plain; charset=utf-8")
+        try:
+            value = handler(body)
+        except (ValueError, RecursionError) as error:
+            return Reply(400, str(error).encode(), "text/plain; charset=utf-8")
+        return Reply(200, json.dumps(value).encode())
+
+    def _replace_faults(self, body: bytes) -> dict[str, int]:
+        faults = load_faults(body)
+        self.script.replace(faults)
+        return {"faults": len(faults)}
 
 
 def _parse(body: bytes) -> tuple[dict[str, Any] | None, str, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import socketserver
 import sys
@@ -17,7 +18,9 @@ from hlcli.sim.delivery import Line, deliver
 from hlcli.sim.exchange import Exchange
 from hlcli.sim.faults import Fault, Reply
 from hlcli.sim.served import Served
-from hlcli.sim.vaults import HOUR_MS, VaultUniverse
+from hlcli.sim.values import HOUR_MS
+from hlcli.sim.vaults import VaultUniverse
+from hlcli.sim.wallets import WalletUniverse
 
 HOST = "127.0.0.1"
 MAX_REQUEST_BYTES = 1 << 20
@@ -134,13 +137,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Simulator:
-    """A simulated exchange; a context manager that serves while it is open."""
+    """A simulated exchange; a context manager that serves while it is open.
+
+    ``clock_offset_ms`` shifts the wallets' clock: real time, or ``now_ms`` where that was given. The vaults stay at
+    ``now_ms``, by default the hour.
+    """
 
     def __init__(
         self,
         *,
         seed: int = 1,
         vaults: int = 300,
+        wallets: int = 300,
         weight_per_minute: int = 1200,
         latency: float = 0.0,
         faults: Iterable[Fault] = (),
@@ -148,15 +156,37 @@ class Simulator:
         port: int = 0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        self._fixed_ms = now_ms
+        self.clock_offset_ms = 0
         self.now_ms = int(time() * 1000) // HOUR_MS * HOUR_MS if now_ms is None else now_ms
         self.vaults = VaultUniverse(seed, vaults, self.now_ms)
+        self.wallets = WalletUniverse(seed, wallets, self.clock_ms)
         self.exchange = Exchange(weight_per_minute, faults, clock)
         self.exchange.register_info(self.vaults.info_handlers())
+        self.exchange.register_info(self.wallets.info_handlers())
         self.exchange.register_document("/Mainnet/vaults", self.vaults.document())
+        self.exchange.register_document("/Mainnet/leaderboard", self.wallets.document())
+        self.exchange.register_control("/sim/clock", self._set_clock)
         self._latency = latency
         self._wanted_port = port
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
+
+    def clock_ms(self) -> int:
+        """What the wallets' clock shows."""
+        now_ms = int(time() * 1000) if self._fixed_ms is None else self._fixed_ms
+        return now_ms + self.clock_offset_ms
+
+    def _set_clock(self, body: bytes) -> dict[str, int]:
+        wanted = json.loads(body)
+        if (
+            not isinstance(wanted, dict)
+            or set(wanted) != {"offset_ms"}
+            or type(wanted["offset_ms"]) is not int
+        ):
+            raise ValueError('expected {"offset_ms": <integer>}')
+        self.clock_offset_ms = wanted["offset_ms"]
+        return {"now_ms": self.clock_ms()}
 
     def start(self) -> Self:
         """Listen and serve in a thread of its own."""

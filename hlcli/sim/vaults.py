@@ -16,15 +16,12 @@ from random import Random
 from typing import Any, NamedTuple
 
 from hlcli.sim.answers import Answer, Document, InfoHandler, address_field
+from hlcli.sim.values import DAY_MS, HOUR_MS, MINUTE_MS, USD, address_of, amount, noisy
 from hlcli.sim.wire import RawNumber
 
-MINUTE_MS = 60_000
-HOUR_MS = 60 * MINUTE_MS
-DAY_MS = 24 * HOUR_MS
 FIRST_CREATED_MS = 1_683_500_000_000
 LAST_CREATED_MS = 1_788_000_000_000
 
-USD = 1_000_000
 LIST_POINTS = {"day": 13, "week": 12, "month": 13, "allTime": 11}
 DETAIL_POINTS = {"day": 13, "week": 64, "month": 45, "allTime": 76}
 PERP_ALL_TIME_POINTS = 72
@@ -371,11 +368,6 @@ def _name(seed: int, index: int) -> str:
     return plain
 
 
-def address_of(seed: int, role: str, number: int) -> str:
-    """A lower-case address that nothing else in the universe has."""
-    return "0x" + sha256(f"{seed}:{role}:{number}".encode()).hexdigest()[:40]
-
-
 def timeline(start_ms: int, now_ms: int, count: int) -> list[int]:
     """The times of one window: its start, points of a fixed grid with a few milliseconds' jitter, and now.
 
@@ -409,19 +401,3 @@ def _grid_unit(span_ms: int) -> int:
 def _indented(value: dict[str, Any], margin: str) -> str:
     """JSON at some depth of an indented document."""
     return json.dumps(value, indent=2).replace("\n", "\n" + margin)
-
-
-def amount(micros: int) -> str:
-    """Millionths as the exchange writes money: at least one decimal, at most six."""
-    if micros < 0:
-        return "-" + amount(-micros)
-    whole, part = divmod(micros, USD)
-    return f"{whole}.{part:06d}".rstrip("0") if part else f"{whole}.0"
-
-
-def noisy(micros: int) -> str:
-    """The same with the ten decimals a sum of doubles leaves behind, on amounts large enough to have them."""
-    if micros < 10_000 * USD:
-        return amount(micros)
-    whole, part = divmod(micros * 10_000 + micros * 7919 % 201 - 100, USD * 10_000)
-    return f"{whole}.{part:010d}".rstrip("0") if part else f"{whole}.0"

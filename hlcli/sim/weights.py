@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
+from typing import Any
 
 WINDOW_SECONDS = 60.0
 DEFAULT_WEIGHT = 20
+
+# Not documented, hence a guess: what the same users would cost one by one.
+BATCH_KIND = "batchClearinghouseStates"
+MAX_BATCH_USERS = 50
 
 BASE_WEIGHTS: dict[str, int] = {
     "allMids": 2,
@@ -41,6 +46,14 @@ ITEMS_PER_WEIGHT: dict[str, int] = {
 def base_weight(kind: str) -> int:
     """What a request of this info type costs before anybody knows how much it returns."""
     return BASE_WEIGHTS.get(kind, DEFAULT_WEIGHT)
+
+
+def request_weight(kind: str, request: Mapping[str, Any] | None) -> int:
+    """The same for one request (None: it did not parse); a batch pays for each of its users."""
+    users = None if request is None else request.get("users")
+    if kind == BATCH_KIND and isinstance(users, list) and 0 < len(users) <= MAX_BATCH_USERS:
+        return BASE_WEIGHTS["clearinghouseState"] * len(users)
+    return base_weight(kind)
 
 
 def extra_weight(kind: str, items: int) -> int:
