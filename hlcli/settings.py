@@ -20,6 +20,8 @@ from hlcli.logs import register_secrets
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+MAX_ASSETS = 50
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -37,6 +39,8 @@ class Settings:
     """An extra cap in requests, for whoever wants to be politer than the published limit."""
     hl_egress_key: str
     """Whose budget this process spends: equal on all hosts behind one public address."""
+    hlcli_assets: tuple[str, ...]
+    """The coins whose positions are watched; `dex:COIN` for a builder-deployed market."""
     hlcli_ping_url: str | None
     """Dead-man's switch; `{job}` is replaced by the channel, /start and /<exit code> are appended."""
     hlcli_log_format: str
@@ -125,9 +129,21 @@ def from_env(env: Mapping[str, str]) -> Settings:
         hl_api_weight_per_minute=weight,
         hl_api_requests_per_minute=count("HL_API_REQUESTS_PER_MINUTE", None, 1, 1_000_000),
         hl_egress_key=egress_key,
+        hlcli_assets=assets_of(text("HLCLI_ASSETS", "HYPE,BTC,ETH")),
         hlcli_ping_url=ping_url,
         hlcli_log_format=log_format,
     )
+
+
+def assets_of(text: str) -> tuple[str, ...]:
+    """Coins out of a list with commas, each once, in their order; names are case-sensitive. Raises ConfigError."""
+    assets = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    wrong = [asset for asset in assets if not re.fullmatch(r"([a-z0-9]{1,12}:)?[A-Za-z0-9]{1,24}", asset)]
+    if wrong or not 1 <= len(assets) <= MAX_ASSETS:
+        raise ConfigError(
+            f"HLCLI_ASSETS must be 1 to {MAX_ASSETS} names such as BTC or xyz:GOLD, separated by commas"
+        )
+    return assets
 
 
 def default_home() -> Path:

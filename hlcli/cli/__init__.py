@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from hlcli import __version__
-from hlcli.cli import common, database, demo, ingest, rank, status
+from hlcli.cli import (
+    common,
+    database,
+    demo,
+    ingest,
+    maintain,
+    rank,
+    signals,
+    snapshot,
+    status,
+    universe,
+)
 from hlcli.exitcodes import MEANINGS
 
 _EXIT_CODES = "\n\n".join(f"[bold]{int(code):>3}[/bold]  {meaning}" for code, meaning in MEANINGS.items())
@@ -57,6 +68,10 @@ def _root(
 app.command("init", epilog=database.MIGRATE_EPILOG)(database.init)
 app.add_typer(ingest.app, name="ingest")
 app.add_typer(rank.app, name="rank")
+app.add_typer(universe.app, name="universe")
+app.command("snapshot", epilog=snapshot.EPILOG)(snapshot.snapshot)
+app.add_typer(signals.app, name="signals")
+app.command("maintain", epilog=maintain.EPILOG)(maintain.maintain)
 app.command("status", epilog=status.EPILOG)(status.status)
 app.add_typer(database.app, name="db")
 app.command("demo", epilog=demo.EPILOG)(demo.demo)

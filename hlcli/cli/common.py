@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,6 +70,15 @@ def duration(text: str | timedelta) -> timedelta:
     ):
         raise typer.BadParameter(f"{text!r} is no duration such as 90s, 50m, 6h or 7d")
     return timedelta(seconds=min(seconds, 10 * 365 * 86400))
+
+
+def moment(text: str) -> datetime:
+    """An ISO 8601 time; without an offset it is UTC."""
+    try:
+        value = datetime.fromisoformat(text.strip())
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{text!r} is no time such as 2026-11-21T12:05Z") from None
 
 
 def amount(text: str) -> Decimal:

@@ -46,6 +46,7 @@ def _print_json(found: Status) -> None:
     output.print_json(
         {
             "channels": health,
+            "snapshots": asdict(found.snapshots) if found.snapshots else None,
             "budgets": [asdict(each) | {"limit": found.weight_per_minute} for each in found.budgets],
         }
     )
@@ -70,6 +71,12 @@ def _print(found: Status) -> None:
             for each in found.health
         ],
     )
+    if found.snapshots:
+        state, age = found.snapshots, found.snapshots.age_s
+        print(
+            f"snapshots {state.health_state}: coverage {state.coverage_pct} % at {state.last_snapshot_ts:%H:%MZ},"
+            f" last usable {'never' if age is None else output.span(max(age, 0)) + ' ago'}"
+        )
     for use in found.budgets:
         closed = f", closed until {use.blocked_until:%H:%M:%SZ}" if use.blocked_until else ""
         print(

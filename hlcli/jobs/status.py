@@ -13,6 +13,7 @@ from hlcli.sqlfiles import query
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
+    from decimal import Decimal
 
     from hlcli.settings import Settings
 
@@ -28,12 +29,30 @@ class BudgetUse:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotHealth:
+    """v_latest_health: how fresh and complete the wallets' snapshots are now."""
+
+    health_state: str
+    """healthy, degraded or stale."""
+    coverage_pct: Decimal
+    """Of the newest minute."""
+    last_snapshot_ts: datetime
+    last_success_snapshot_ts: datetime | None
+    snapshot_status: str
+    age_s: float | None
+    """Since the newest usable minute began."""
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Everything that `hlcli status` shows."""
 
     health: list[ledger.Health]
     budgets: list[BudgetUse]
     weight_per_minute: int
+    snapshots: SnapshotHealth | None
+    """None before the first snapshot."""
 
     def exit_code(self, *, named: bool) -> ExitCode:
         """PARTIAL when a channel failed or is stale; one that never ran counts only when asked for by name."""
@@ -54,4 +73,10 @@ def read_status(settings: Settings, names: Sequence[str] = ()) -> Status:
     with migrations.connect_ready(settings, role="status") as connection:
         health = [ledger.health(connection, channel) for channel in chosen]
         rows: list[tuple[Any, ...]] = connection.execute(query("ledger", "budget")).fetchall()
-    return Status(health, [BudgetUse(*row) for row in rows], settings.hl_api_weight_per_minute)
+        snapshots: tuple[Any, ...] | None = connection.execute(query("wallets", "health")).fetchone()
+    return Status(
+        health,
+        [BudgetUse(*row) for row in rows],
+        settings.hl_api_weight_per_minute,
+        SnapshotHealth(*snapshots) if snapshots else None,
+    )

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hlcli.sim.server import Simulator
 
@@ -15,15 +15,31 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 VAULTS = 400
+WALLETS = 300
 # The simulator allows more than the exchange does, so that the demo need not wait for the budget.
 WEIGHT_PER_MINUTE = 60_000
-# A later dataset adds its step here.
-STEPS: tuple[tuple[str, ...], ...] = (
-    ("init",),
-    # A step that another run keeps from working must not pass for done.
-    ("ingest", "vaults", "--fail-if-locked"),
-    ("rank", "vaults", "--fail-if-locked"),
-    ("status",),
+# Two windows of signals, and the minutes since.
+MINUTES = 17
+
+
+class Step(NamedTuple):
+    """One command, or the same one in each of the last minutes, by a clock that is set back."""
+
+    arguments: tuple[str, ...]
+    minutes: int = 0
+
+
+# A later dataset adds its step here. A step that another run keeps from working must not pass for done.
+STEPS = (
+    Step(("init",)),
+    Step(("ingest", "vaults", "--fail-if-locked")),
+    Step(("rank", "vaults", "--fail-if-locked")),
+    Step(("universe", "refresh", "--size", "100", "--fail-if-locked")),
+    Step(("snapshot", "--fail-if-locked"), minutes=MINUTES),
+    Step(("signals", "compute", "--fail-if-locked")),
+    Step(("signals", "show")),
+    Step(("maintain", "--fail-if-locked")),
+    Step(("status",)),
 )
 
 
@@ -33,7 +49,7 @@ def run(home: Path) -> int:
     print("A simulated exchange on this machine; the database is private to the demo:")
     print(f"  {home}\n", flush=True)
     began = time.monotonic()
-    with Simulator(vaults=VAULTS, weight_per_minute=WEIGHT_PER_MINUTE) as exchange:
+    with Simulator(vaults=VAULTS, wallets=WALLETS, weight_per_minute=WEIGHT_PER_MINUTE) as exchange:
         env = {
             **os.environ,
             **exchange.env(),
@@ -41,13 +57,15 @@ def run(home: Path) -> int:
             "DATABASE_URL": "",
             "HLCLI_PING_URL": "",
             "HLCLI_HOME": str(home),
+            "HLCLI_ASSETS": "",
             "HL_EGRESS_KEY": "demo",
             "HL_API_REQUESTS_PER_MINUTE": "",
             "HL_API_WEIGHT_PER_MINUTE": str(WEIGHT_PER_MINUTE),
         }
         for number, step in enumerate(STEPS, 1):
-            print(f"[{number}/{len(STEPS)}] hlcli {shlex.join(step)}", flush=True)
-            code = subprocess.run([sys.executable, "-m", "hlcli", *step], env=env, check=False).returncode
+            often = f"   (the last {step.minutes} minutes)" if step.minutes else ""
+            print(f"[{number}/{len(STEPS)}] hlcli {shlex.join(step.arguments)}{often}", flush=True)
+            code = _run(step, exchange, env)
             if code:
                 print(f"\nThe step failed with exit code {code}.", file=sys.stderr)
                 return code if code > 0 else 128 - code
@@ -57,5 +75,29 @@ def run(home: Path) -> int:
     print(f"  {here} hlcli db info        # where the demo's database is; psql can attach there")
     print(f"  {here} hlcli status --json  # the same health, for programs")
     print(f"  {here} hlcli db stop        # stop its server")
+    print(f"  {here} hlcli universe show --diff")
     print("  hlcli ingest vaults --limit 50   # the real exchange, into your own database")
     return 0
+
+
+def _run(step: Step, exchange: Simulator, env: dict[str, str]) -> int:
+    """Run a step and return its exit code; of a step for many minutes only the last one's output is shown."""
+    command = [sys.executable, "-m", "hlcli", *step.arguments]
+    if not step.minutes:
+        return subprocess.run(command, env=env, check=False).returncode
+    this_minute = time.time() // 60 * 60
+    code = 0
+    for ago in reversed(range(step.minutes)):
+        # Five seconds into each minute, so that none is too far gone to be taken.
+        shift_s = round(this_minute - 60 * ago + 5 - time.time())
+        exchange.clock_offset_ms = 1000 * shift_s
+        code = subprocess.run(
+            command,
+            env={**env, "PGOPTIONS": f"-c hlcli.clock_offset={shift_s}s"},
+            stdout=subprocess.DEVNULL if ago else None,
+            check=False,
+        ).returncode
+        if code:
+            break
+    exchange.clock_offset_ms = 0
+    return code

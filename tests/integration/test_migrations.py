@@ -228,16 +228,18 @@ def test_a_job_on_an_empty_database_is_exit_5_names_hlcli_init_and_creates_nothi
     assert relations(empty_database) == before
 
 
-def test_a_job_against_an_older_schema_is_exit_5_and_names_what_is_missing(cli, database, connection):
-    connection.execute("drop schema hyperliquid_vaults_discovery cascade")
-    connection.execute("delete from schema_migrations where version >= 2")
-    told = cli("rank", "vaults", DATABASE_URL=database, **NOWHERE)
+def test_a_job_against_an_older_schema_is_exit_5_and_names_what_is_missing(cli, empty_database, monkeypatch):
+    with monkeypatch.context() as older, psycopg.connect(empty_database, autocommit=True) as connection:
+        held = sqlfiles.migrations()[:1]
+        older.setattr(sqlfiles, "migrations", lambda: held)
+        migrations.migrate(connection)
+    told = cli("rank", "vaults", DATABASE_URL=empty_database, **NOWHERE)
     assert told.returncode == 5
     line = one_line(told)
     assert "hlcli init" in line
     assert "0002_vaults" in line
     # And init brings it up from there.
-    done = cli("init", DATABASE_URL=database)
+    done = cli("init", DATABASE_URL=empty_database)
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "applied 0002_vaults")
 
 

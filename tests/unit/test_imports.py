@@ -20,7 +20,7 @@ FLOORS = (
     ("hlcli.embedded",),
     ("hlcli.db",),
     ("hlcli.migrations",),
-    ("hlcli.loader",),
+    ("hlcli.loader", "hlcli.reader"),
     ("hlcli.ledger", "hlcli.budget"),
     ("hlcli.http",),
     ("hlcli.features",),

@@ -1,0 +1,242 @@
+"""`hlcli snapshot`: the positions of every watched wallet in one minute."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from hlcli.exitcodes import TemporaryError
+from hlcli.features.signals import EPS_ABS
+from hlcli.jobs import Job, Report, run_job
+from hlcli.jobs.asking import ask_each
+from hlcli.ledger import Channel
+from hlcli.loader import Merge, Rejected, load, quarantine
+from hlcli.logs import log, one_line
+from hlcli.sources import wallets
+from hlcli.sqlfiles import query
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hlcli.http import HttpClient, SourceError
+    from hlcli.settings import Settings
+    from hlcli.sources.wallets import Positions, Question
+
+CHANNEL = Channel("hyperliquid", "wallet_snapshots", timedelta(minutes=1), "hlcli snapshot", "* * * * *")
+
+# A run that begins later than in this part of the time until its deadline takes the next minute.
+LATEST_START = 0.7
+# Everybody is asked once; who failed is asked again while there is time, so that a slow wallet holds up no other.
+ROUNDS = 4
+CLOCKS_APART = timedelta(minutes=2)
+VERDICTS = {"success": "ok", "partial": "partial", "failed": "failed"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line decides."""
+
+    assets: Sequence[str] = ()
+    """Empty: those of the settings."""
+    concurrency: int = 8
+    timeout: timedelta = timedelta(seconds=10)
+    """For one request."""
+    deadline: timedelta = timedelta(seconds=50)
+    """From the beginning of the minute."""
+    batch: int = 0
+    """Wallets in one undocumented batch request; 0: one request a wallet."""
+    fail_if_locked: bool = False
+
+
+def snapshot(settings: Settings, options: Options) -> Report:
+    """Write one row of `wallet_snapshots` per wallet and asset for this minute by the database's clock.
+
+    A wallet that could not be read is written as unknown, never as flat. A second run in the minute asks for what the
+    first could not learn, and for nothing else. The whole minute commits at once, with its row of `ingest_runs`.
+
+    Raises TemporaryError when there is no universe, and what run_job() raises.
+    """
+
+    def work(job: Job) -> None:
+        began = time.monotonic()
+        minute, into_s = _minute(job, options)
+        assets = list(options.assets or settings.hlcli_assets)
+        lacking = job.run.connection.execute(
+            query("wallets", "lacking"), {"assets": assets, "minute": minute}
+        ).fetchall()
+        job.report.details.update(minute=minute, assets=", ".join(assets))
+        if not lacking:
+            _nothing_to_ask(job)
+            return
+        asked = [question for row in lacking for question in wallets.questions(*row)]
+        answers = _Answers(len(asked))
+        with job.client(deadline=options.deadline - timedelta(seconds=into_s), attempts=1) as client:
+            _ask(client, job, asked, answers, options)
+        _warn_of_clocks(answers, minute)
+        _store(job, minute, asked, answers, began)
+
+    return run_job(settings, CHANNEL, work, fail_if_locked=options.fail_if_locked)
+
+
+def _minute(job: Job, options: Options) -> tuple[datetime, float]:
+    """The minute to write and the seconds that have passed of it; waits for the next one when it is far gone."""
+    latest_s = LATEST_START * options.deadline.total_seconds()
+    while True:
+        row = job.run.connection.execute(query("wallets", "minute")).fetchone()
+        assert row is not None
+        minute, into_s = row
+        if into_s <= latest_s:
+            return minute, into_s
+        log.warning("%d s of the minute have passed: waiting for the next one", into_s)
+        time.sleep(60.001 - into_s)
+
+
+def _nothing_to_ask(job: Job) -> None:
+    """The minute is complete already, or there is no universe."""
+    if not job.run.connection.execute(query("wallets", "universe")).fetchone():
+        raise TemporaryError("there is no universe of wallets yet: run `hlcli universe refresh`")
+    job.report.details["already_done"] = True
+
+
+@dataclass(slots=True)
+class _Answers:
+    """What came of each question; the last failure is the reason of those that stay unanswered."""
+
+    expected: int
+    found: dict[Question, Positions] = field(default_factory=dict)
+    reasons: dict[Question, str] = field(default_factory=dict)
+
+    def answered(self, unit: Question, answer: Positions) -> None:
+        self.found[unit] = answer
+
+    def failed(self, unit: Question, error: SourceError) -> None:
+        self.reasons[unit] = one_line(error)[:200]
+
+    def left(self, asked: Sequence[Question]) -> list[Question]:
+        return [question for question in asked if question not in self.found]
+
+
+@dataclass(slots=True)
+class _Batches:
+    """The same for batches of questions."""
+
+    answers: _Answers
+
+    def answered(self, unit: Sequence[Question], answer: Sequence[Positions | None]) -> None:
+        self.answers.found.update(
+            {question: found for question, found in zip(unit, answer, strict=True) if found is not None}
+        )
+
+    def failed(self, unit: Sequence[Question], error: SourceError) -> None:
+        for question in unit:
+            self.answers.failed(question, error)
+
+
+def _ask(client: HttpClient, job: Job, asked: list[Question], answers: _Answers, options: Options) -> None:
+    timeout_s = options.timeout.total_seconds()
+    if options.batch:
+        by_dex: dict[str, list[Question]] = {}
+        for question in asked:
+            by_dex.setdefault(question.dex, []).append(question)
+        ask_each(
+            client,
+            [
+                held[start : start + options.batch]
+                for held in by_dex.values()
+                for start in range(0, len(held), options.batch)
+            ],
+            lambda batch: wallets.fetch_batch(client, job.settings, batch, timeout_s=timeout_s),
+            _Batches(answers),
+            concurrency=options.concurrency,
+            label="batches",
+            outage_after=None,
+        )
+    for attempt in range(ROUNDS):
+        left = answers.left(asked)
+        pause_s = 0.5 * attempt
+        if not left or time.monotonic() + pause_s > client.deadline:
+            return
+        time.sleep(pause_s)
+        ask_each(
+            client,
+            left,
+            lambda question: wallets.fetch_positions(client, job.settings, question, timeout_s=timeout_s),
+            answers,
+            concurrency=options.concurrency,
+            label="wallets",
+            outage_after=None,  # the minute is the bound, and nobody is helped by an early end
+        )
+
+
+def _warn_of_clocks(answers: _Answers, minute: datetime) -> None:
+    """Minutes are the database's; whether its clock is right only the exchange can tell."""
+    times = [row["source_ts"] for found in answers.found.values() for row in found.rows if row["source_ts"]]
+    if times and abs(apart := datetime.fromtimestamp(median(times) / 1000, UTC) - minute) > CLOCKS_APART:
+        log.warning(
+            "the exchange's clock and the database's are %d s apart: snapshots are filed under the latter",
+            abs(apart.total_seconds()),
+        )
+
+
+def _store(job: Job, minute: datetime, asked: Sequence[Question], answers: _Answers, began: float) -> None:
+    import polars as pl
+
+    rows: list[dict[str, Any]] = []
+    rejected: list[Rejected] = []
+    unknown: Counter[str] = Counter()
+    for question in asked:
+        found = answers.found.get(question)
+        if found is None:
+            reason = answers.reasons.get(question, "the minute was over before an answer came")
+            unknown[reason] += 1
+            if len(job.report.failed) < 5:
+                job.report.failed.append(f"{question.wallet_id}: {reason}")
+            rows += wallets.unknown_rows(question, reason)
+        else:
+            rows += found.rows
+            rejected += found.rejected
+    run = job.run
+    with run.unit() as unit:
+        connection = unit.connection
+        opened = connection.execute(
+            query("wallets", "open_minute"), {"minute": minute, "ledger_run_id": run.run_id}
+        ).fetchone()
+        assert opened is not None
+        frame = wallets.snapshot_frame(rows).with_columns(
+            pl.lit(minute).cast(pl.Datetime("us", "UTC")).alias("snapshot_ts"),
+            pl.lit(opened[0]).alias("ingest_run_id"),
+        )
+        counts = load(connection, wallets.SNAPSHOTS, frame, rule=Merge.UPDATE, run_id=run.run_id)
+        counts += quarantine(connection, wallets.SNAPSHOTS, rejected, run.run_id)
+        marked = connection.execute(
+            query("wallets", "mark_implausible"), {"minute": minute, "eps": json.dumps(EPS_ABS)}
+        ).fetchone()
+        closed = connection.execute(
+            query("wallets", "close_minute"),
+            {
+                "minute": minute,
+                "duration_ms": round((time.monotonic() - began) * 1000),
+                "error": "; ".join(f"{n} x {reason}" for reason, n in unknown.most_common(3)) or None,
+            },
+        ).fetchone()
+        assert closed is not None
+        assert marked is not None
+        status, expected, failed, coverage_pct = closed
+        if status != "failed":
+            connection.execute(query("wallets", "tell_nulls"), {"minute": minute})
+        connection.execute(query("wallets", "keep_health"), {"minute": minute})
+        unread = len({question.wallet_id for question in answers.left(asked)})
+        unit.add(
+            counts,
+            units_ok=len({question.wallet_id for question in asked}) - unread,
+            units_failed=unread,
+        )
+    job.verdict = VERDICTS[status]
+    job.report.details.update(
+        wallets=expected, wallets_failed=failed, coverage_pct=str(coverage_pct), found_dirty=marked[0]
+    )
