@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from hlcli import migrations
-from hlcli.exitcodes import UsageError
+from hlcli.exitcodes import TemporaryError, UsageError
 from hlcli.http import BadPayloadError, SourceError
 from hlcli.jobs import Job, Report, run_job
 from hlcli.ledger import Channel
@@ -70,7 +70,7 @@ def refresh_universe(settings: Settings, options: Options) -> Report:
     A list that cannot be had, is short, or changes the universe for the third time beyond all likelihood leaves
     everything as it was, but for the failed run with its reason.
 
-    Raises SourceError then, and what run_job() raises.
+    Raises TemporaryError then, and what run_job() raises.
     """
 
     def work(job: Job) -> None:
@@ -81,7 +81,7 @@ def refresh_universe(settings: Settings, options: Options) -> Report:
                 board = _fetch(client, job, outcome)
             with run.unit() as unit:
                 _replace(job, unit, board, outcome, options)
-        except SourceError as error:
+        except TemporaryError as error:
             outcome.status, outcome.error = "failed", one_line(error)
             with run.unit() as unit:
                 unit.connection.execute(query("wallets", "begin_universe_run"), asdict(outcome))

@@ -18,6 +18,7 @@ from hlcli.ledger import Channel
 from hlcli.loader import Merge, Rejected, load, quarantine
 from hlcli.logs import log, one_line
 from hlcli.sources import wallets
+from hlcli.sources.info import weight
 from hlcli.sqlfiles import query
 
 if TYPE_CHECKING:
@@ -74,6 +75,13 @@ def snapshot(settings: Settings, options: Options) -> Report:
             _nothing_to_ask(job)
             return
         asked = [question for row in lacking for question in wallets.questions(*row)]
+        needed, allowed = weight("clearinghouseState") * len(asked), settings.hl_api_weight_per_minute
+        if needed > allowed:
+            log.warning(
+                "these positions cost %d weight, the budget is %d a minute: some stay unknown",
+                needed,
+                allowed,
+            )
         answers = _Answers(len(asked))
         with job.client(deadline=options.deadline - timedelta(seconds=into_s), attempts=1) as client:
             _ask(client, job, asked, answers, options)
