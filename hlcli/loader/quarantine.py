@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 MAX_PAYLOAD = 20_000
 MAX_KEY = 300
 
+STATEMENT_ROWS = 2_000
+
 _KEEP = """
-insert into rejected_rows (table_name, row_key, reason, column_name, payload, first_run_id, last_run_id)
-values (%s, %s, %s, %s, %s, %s, %s)
+insert into rejected_rows (table_name, row_key, reason, column_name, payload, times, first_run_id, last_run_id)
+select %(table)s, row_key, reason, column_name, payload, times, %(run_id)s, %(run_id)s
+from unnest(%(keys)s::text[], %(reasons)s::text[], %(columns)s::text[], %(payloads)s::text[], %(times)s::bigint[])
+    rejected (row_key, reason, column_name, payload, times)
 on conflict (table_name, row_key, reason) do update
-    set times = rejected_rows.times + 1, payload = excluded.payload, column_name = excluded.column_name,
+    set times = rejected_rows.times + excluded.times, payload = excluded.payload, column_name = excluded.column_name,
         last_run_id = excluded.last_run_id, last_seen_at = excluded.last_seen_at
-returning times = 1
+returning row_key, reason, times
 """
 
 
@@ -40,23 +44,33 @@ class Rejected:
 
 def quarantine(connection: Connection[Any], table: str, rows: Iterable[Rejected], run_id: UUID) -> Counts:
     """Keep rejected rows, within the caller's transaction; returns how many, and how many were new."""
-    entries: list[tuple[Any, ...]] = [
-        (table, _key(row), row.reason, row.column, _json(row.payload)[:MAX_PAYLOAD], run_id, run_id)
-        for row in rows
-    ]
-    if not entries:
-        return Counts()
+    # One entry a key and reason: a statement cannot touch a row twice. The last payload is kept.
+    entries: dict[tuple[str, str], tuple[str | None, str, int]] = {}
+    served = 0
+    for row in rows:
+        served += 1
+        identity = (_key(row), row.reason)
+        times = entries[identity][2] if identity in entries else 0
+        entries[identity] = (row.column, _json(row.payload)[:MAX_PAYLOAD], times + 1)
     new = 0
-    entries.sort(key=_identity)  # two runs then lock in one order
-    with connection.cursor() as cursor:
-        cursor.executemany(_KEEP, entries, returning=True)
-        for result in cursor.results():
-            new += result.fetchone() == (True,)
-    return Counts(served=len(entries), rejected=len(entries), new_rejects=new)
-
-
-def _identity(entry: tuple[Any, ...]) -> tuple[Any, ...]:
-    return entry[:3]
+    identities = sorted(entries)  # two runs then lock in one order
+    for start in range(0, len(identities), STATEMENT_ROWS):
+        chunk = identities[start : start + STATEMENT_ROWS]
+        columns, payloads, times_each = zip(*(entries[identity] for identity in chunk), strict=True)
+        stored = connection.execute(
+            _KEEP,
+            {
+                "table": table,
+                "run_id": run_id,
+                "keys": [key for key, _ in chunk],
+                "reasons": [reason for _, reason in chunk],
+                "columns": list(columns),
+                "payloads": list(payloads),
+                "times": list(times_each),
+            },
+        )
+        new += sum(times == entries[key, reason][2] for key, reason, times in stored)
+    return Counts(served=served, rejected=served, new_rejects=new)
 
 
 def _json(payload: Mapping[str, Any] | str) -> str:
