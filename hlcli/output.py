@@ -30,9 +30,9 @@ def _plain(value: Any) -> Any:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """One JSON object on stdout. Readers must ignore fields that they do not know."""
-    print(
-        json.dumps({"schema_version": SCHEMA_VERSION, **data}, default=_plain, ensure_ascii=False, indent=2)
-    )
+    # A terminal would obey control and bidi characters in untrusted names.
+    told = {"schema_version": SCHEMA_VERSION, **data}
+    print(json.dumps(told, default=_plain, ensure_ascii=sys.stdout.isatty(), indent=2))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -265,6 +265,6 @@ def _points(history: Any) -> Sequence[tuple[Any, Any]]:
 def _decimals(points: Sequence[tuple[Any, Any]]) -> list[Decimal] | None:
     """The values as numbers; None when there is none or one is not a sane number."""
     values = [wire.text(value) or "" for _, value in points]
-    if not values or not all(map(_NUMBER.match, values)):
+    if not values or not all(map(_NUMBER.fullmatch, values)):
         return None
     return [Decimal(value) for value in values]

@@ -145,7 +145,7 @@ def _wallet_row(entry: Any) -> tuple[dict[str, Any], str | None, str | None]:
         value = row[name]
         if value is None and name == "month_pnl":
             return row, name, "null"
-        if value is not None and not _NUMBER.match(value):
+        if value is not None and not _NUMBER.fullmatch(value):
             return row, name, "not_a_number"
     row["pnl"] = Decimal(row["month_pnl"])
     if row["display_name"] and ("\x00" in row["display_name"] or len(row["display_name"]) > MAX_NAME):
@@ -286,7 +286,7 @@ def _position_row(found: Sequence[Any]) -> tuple[dict[str, Any], str | None]:
         plain = wire.text(value)
         if plain is None and name == "position_szi":
             return {}, f"{name}: null"
-        if plain is not None and not _NUMBER.match(plain):
+        if plain is not None and not _NUMBER.fullmatch(plain):
             return {}, f"{name}: not_a_number"
     kind = leverage.get("type")
     row["leverage_type"] = kind if kind in {"cross", "isolated"} else None

@@ -11,9 +11,9 @@ select date_bin('5 minutes', hlcli_now() - interval '2 minutes', 'epoch'),
 -- name: positions
 select asset, wallet_id, (extract(epoch from window_end) * 1000000)::bigint,
        (array_agg(position_szi order by snapshot_ts desc) filter (where not is_dirty))[1],
-       bool_or(is_dirty and dirty_reason <> 'null_szi')
+       bool_or(is_dirty and position_szi is not null)
 from (
-    select asset, wallet_id, snapshot_ts, position_szi, is_dirty, dirty_reason,
+    select asset, wallet_id, snapshot_ts, position_szi, is_dirty,
            date_bin('5 minutes', snapshot_ts - interval '1 microsecond', 'epoch') + interval '5 minutes' as window_end
     from wallet_snapshots
     where snapshot_ts > %(after)s and snapshot_ts <= %(until)s

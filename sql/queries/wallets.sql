@@ -78,7 +78,8 @@ with wallet as (
     from wallet
 )
 update ingest_runs r set
-    status = case when t.coverage_pct >= 95 then 'success' when t.coverage_pct >= 80 then 'partial' else 'failed' end,
+    status = case when t.succeeded * 100 >= t.wallets * 95 then 'success'
+                  when t.succeeded * 100 >= t.wallets * 80 then 'partial' else 'failed' end,
     wallets_expected = t.wallets, wallets_succeeded = t.succeeded, wallets_failed = t.wallets - t.succeeded,
     rows_expected = t.rows_expected, rows_written = t.rows_written, coverage_pct = t.coverage_pct,
     duration_ms = %(duration_ms)s, error = %(error)s
@@ -121,7 +122,13 @@ with odd as (
 )
 select count(*) from marked
 
+-- What a second run in the minute has learnt is no anomaly any more.
 -- name: tell_nulls
+with learnt as (
+    delete from snapshot_anomalies a using wallet_snapshots s
+    where a.snapshot_ts = %(minute)s and a.anomaly_type = 'null_szi' and s.snapshot_ts = a.snapshot_ts
+        and s.wallet_id = a.wallet_id and s.asset = a.asset and s.position_szi is not null
+)
 insert into snapshot_anomalies (snapshot_ts, wallet_id, asset, anomaly_type, details, detected_at)
 select snapshot_ts, wallet_id, asset, 'null_szi', jsonb_build_object('reason', missing_reason), hlcli_now()
 from wallet_snapshots where snapshot_ts = %(minute)s and position_szi is null
