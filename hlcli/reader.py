@@ -31,7 +31,7 @@ def read(
     with ClientCursor(connection) as cursor:
         # COPY takes no parameters: the values are quoted into the text here.
         text = cursor.mogrify(query, values)
-        copied = sql.SQL("copy ({}) to stdout (format csv)").format(sql.SQL(_trusted(text)))
+        copied = sql.SQL("copy ({}\n) to stdout (format csv)").format(sql.SQL(_trusted(text)))
         with cursor.copy(copied) as copy:
             body = b"".join(bytes(chunk) for chunk in copy)
     if not body:

@@ -76,9 +76,12 @@ def moment(text: str) -> datetime:
     """An ISO 8601 time; without an offset it is UTC."""
     try:
         value = datetime.fromisoformat(text.strip())
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        value = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
     except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is no time such as 2026-11-21T12:05Z") from None
+        value = datetime.max.replace(tzinfo=UTC)
+    if not 1970 <= value.year < 9999:  # a day more or less must be a time, too
+        raise typer.BadParameter(f"{text!r} is no time such as 2026-11-21T12:05Z")
+    return value
 
 
 def amount(text: str) -> Decimal:

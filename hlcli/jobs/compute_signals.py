@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hlcli import migrations
 from hlcli.exitcodes import UsageError
@@ -20,6 +20,8 @@ from hlcli.sqlfiles import query
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from psycopg import Connection
 
     from hlcli.ledger import Unit
     from hlcli.settings import Settings
@@ -47,14 +49,16 @@ class Options:
 def compute_signals(settings: Settings, options: Options) -> Report:
     """Compute the signals of every window since the last one, or of those asked for, and raise the alerts that follow.
 
-    Computing a window again changes nothing, unless its snapshots have. What snapshots are too few or too old for is
-    skipped and told; that is no failure.
+    Computing a window again changes nothing, unless its snapshots have, or those of the day before it, which decide
+    what is dust, are no longer kept. What snapshots are too few or too old for is skipped and told; that is no failure.
 
     Raises UsageError for a window that does not exist, and what run_job() raises.
     """
+    # Before the run: a wrong option is no failure of the channel.
+    with migrations.connect_ready(settings, role=CHANNEL.name) as connection:
+        first, last = _range(connection, options)
 
     def work(job: Job) -> None:
-        first, last = _range(job, options)
         skipped: Counter[str] = Counter()
         start = first
         while start <= last:
@@ -69,9 +73,9 @@ def compute_signals(settings: Settings, options: Options) -> Report:
     return run_job(settings, CHANNEL, work, fail_if_locked=options.fail_if_locked)
 
 
-def _range(job: Job, options: Options) -> tuple[datetime, datetime]:
+def _range(connection: Connection[Any], options: Options) -> tuple[datetime, datetime]:
     """The ends of the first and the last window to compute; the first is later when there is nothing to do."""
-    row = job.run.connection.execute(query("signals", "newest_window")).fetchone()
+    row = connection.execute(query("signals", "newest_window")).fetchone()
     assert row is not None
     newest, stored, oldest_snapshot, now = row
     if options.at is not None:
@@ -90,10 +94,10 @@ def _up(moment: datetime) -> datetime:
 
 
 def _check(at: datetime, newest: datetime) -> None:
-    if _up(at) != at:
-        raise UsageError("--at: windows end at multiples of five minutes")
     if at > newest:
         raise UsageError(f"--at: the newest window that can be computed ends {newest:%Y-%m-%d %H:%MZ}")
+    if _up(at) != at:
+        raise UsageError("--at: windows end at multiples of five minutes")
 
 
 def _compute(job: Job, unit: Unit, first: datetime, last: datetime) -> Counter[str]:
@@ -103,6 +107,8 @@ def _compute(job: Job, unit: Unit, first: datetime, last: datetime) -> Counter[s
     began = time.monotonic()
     connection = unit.connection
     moment = pl.Datetime("us", "UTC")
+    # The positions of two days are grouped in memory, some 100 MB for 200 wallets and three assets.
+    connection.execute("set local work_mem = '64MB'")
     around = {"after": first - 2 * signals.WINDOW, "until": last, "first": first}
     found = signals.compute(
         read(

@@ -7,29 +7,32 @@ select date_bin('5 minutes', hlcli_now() - interval '2 minutes', 'epoch'),
        (select max(signal_ts) from signals where signal_ts <= hlcli_now()),
        (select min(snapshot_ts) from wallet_snapshots), hlcli_now()
 
--- The last clean position of each wallet and asset in each window.
+-- The last clean position of each wallet and asset in each window. Snapshots lie on whole minutes, so a window has
+-- five of a wallet: five maxima of one value each need no sort.
 -- name: positions
 select asset, wallet_id, (extract(epoch from window_end) * 1000000)::bigint,
-       (array_agg(position_szi order by snapshot_ts desc) filter (where not is_dirty))[1],
+       coalesce(max(clean) filter (where snapshot_ts = window_end),
+                max(clean) filter (where snapshot_ts = window_end - interval '1 minute'),
+                max(clean) filter (where snapshot_ts = window_end - interval '2 minutes'),
+                max(clean) filter (where snapshot_ts = window_end - interval '3 minutes'),
+                max(clean) filter (where snapshot_ts = window_end - interval '4 minutes')),
        bool_or(is_dirty and position_szi is not null)
 from (
-    select asset, wallet_id, snapshot_ts, position_szi, is_dirty,
+    select asset, wallet_id, snapshot_ts, case when not is_dirty then position_szi end as clean,
+           position_szi, is_dirty,
            date_bin('5 minutes', snapshot_ts - interval '1 microsecond', 'epoch') + interval '5 minutes' as window_end
     from wallet_snapshots
     where snapshot_ts > %(after)s and snapshot_ts <= %(until)s
 ) placed
 group by asset, wallet_id, window_end
 
+-- Also the windows without any snapshot, so that they are told, and the one before the first.
 -- name: windows
 select (extract(epoch from window_end) * 1000000)::bigint,
        count(*) filter (where status <> 'failed'), count(*) filter (where status = 'partial'),
        (array_agg(wallets_expected order by snapshot_ts desc))[1], window_end >= %(first)s
-from (
-    select status, wallets_expected, snapshot_ts,
-           date_bin('5 minutes', snapshot_ts - interval '1 microsecond', 'epoch') + interval '5 minutes' as window_end
-    from ingest_runs
-    where snapshot_ts > %(after)s and snapshot_ts <= %(until)s
-) placed
+from generate_series(%(first)s::timestamptz - interval '5 minutes', %(until)s, '5 minutes') window_end
+left join ingest_runs on snapshot_ts > window_end - interval '5 minutes' and snapshot_ts <= window_end
 group by window_end
 
 -- name: past
