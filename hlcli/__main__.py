@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ def main() -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
+        else:
+            _outlive_readers(getattr(sys, name))
     signal.signal(signal.SIGTERM, _stopper(ExitCode.TERMINATED))
     signal.signal(signal.SIGINT, _stopper(ExitCode.INTERRUPTED))
     if sys.argv[1:] == ["--version"]:
@@ -39,6 +42,31 @@ def main() -> NoReturn:
     _leave(code)
 
 
+class _Pipe(io.FileIO):
+    """A file that takes what nobody reads any more: `| head` is no failure of the command."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def _outlive_readers(stream: Any) -> None:
+    """Put a _Pipe under stdout or stderr, with everything else as it was."""
+    setattr(
+        sys,
+        stream.name.strip("<>"),
+        io.TextIOWrapper(
+            io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        ),
+    )
+
+
 def _stopper(code: ExitCode) -> Any:
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's form
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
@@ -52,8 +80,6 @@ def _leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:  # the reader has gone; what the run did stands, and the ledger says so
-            pass
         except (OSError, ValueError):
             code = code or int(ExitCode.TEMPORARY)
     os._exit(code)

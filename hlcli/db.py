@@ -24,7 +24,9 @@ select set_config('TimeZone', 'UTC', false),
        set_config('client_min_messages', 'warning', false),
        set_config('search_path', quote_ident(current_schema()), false),
        set_config('DateStyle', 'ISO, MDY', false),
-       set_config('IntervalStyle', 'postgres', false)
+       set_config('IntervalStyle', 'postgres', false),
+       set_config('quote_all_identifiers', 'off', false),
+       set_config('default_transaction_isolation', 'read committed', false)
 """
 
 

@@ -221,9 +221,10 @@ class HttpClient:
                 raise failure
             log.info("%s; attempt %d of %d", one_line(failure), failures + 1, self.attempts)
             asked = failure.retry_after_s if isinstance(failure, StatusError) else 0.0
-            if asked and time.monotonic() + asked > self.deadline:
+            pause = asked or random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**failures))
+            if time.monotonic() + pause > self.deadline:
                 raise failure  # this one cannot be had in time, others may
-            self._sleep(asked or random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**failures)))
+            self._sleep(pause)
 
     def _exchange(
         self, method: str, url: str, where: str, limit_bytes: int, timeout_s: float, **options: Any

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TextIO
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
+from hlcli.output import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -58,9 +60,9 @@ def redact(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as the single, masked line that a user sees."""
+    """An exception as the single, masked, printable line that users see and tables store (NUL they cannot)."""
     told = " ".join(str(error).split()) or type(error).__name__
-    return redact(told)[:500]
+    return printable(redact(told)[:500])
 
 
 _run_id: str | None = None

@@ -35,8 +35,11 @@ def print_json(data: Mapping[str, Any]) -> None:
     print(json.dumps(told, default=_plain, ensure_ascii=sys.stdout.isatty(), indent=2))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table of at most 100 columns on a terminal, tab-separated lines elsewhere (nothing is cut there)."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, whole: Sequence[str] = ()) -> None:
+    """A table of at most 100 columns on a terminal, tab-separated lines elsewhere (nothing is cut there).
+
+    Columns named in `whole` are never broken in two, so that what stands in them can be copied.
+    """
     cells = [[_cell(value) for value in row] for row in rows]
     if not sys.stdout.isatty():
         print("\t".join(columns))
@@ -46,10 +49,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=min(WIDTH, Console().width))
+    console = Console(width=min(WIDTH, Console().width), emoji=False)
     table = Table(header_style="bold", box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in whole)
     for row in cells:
         table.add_row(*row)
     console.print(table, markup=False)

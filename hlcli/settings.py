@@ -20,7 +20,7 @@ from hlcli.logs import register_secrets
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MAX_ASSETS = 50
+MAX_ASSETS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ create table retention_rules (
     constraint retention_rules_span check (partition_span >= '1 hour')
 );
 comment on table retention_rules is 'What `hlcli maintain` removes. Change `keep` to keep more or less.';
-comment on column retention_rules.keep is 'rows are removed when time_column is older than this';
+comment on column retention_rules.keep is
+    'rows are removed when time_column is older than this; of a partitioned table whole partitions, so up to one later';
 comment on column retention_rules.partition_span is
     'for a table partitioned by range of time_column: the length of a partition; NULL for a plain table';
 
@@ -41,11 +42,12 @@ create table wallet_universe_runs (
 );
 create index wallet_universe_runs_as_of on wallet_universe_runs (as_of_ts);
 comment on table wallet_universe_runs is 'One row a `hlcli universe refresh`, failed ones with the reason.';
+comment on column wallet_universe_runs.run_id is 'number of the refresh; ledger_run_id is its row in ingestion_runs';
 comment on column wallet_universe_runs.source is 'whose list was taken or refused; NULL when none could be had';
 comment on column wallet_universe_runs.n_received is 'wallets taken, at most n_requested';
 comment on column wallet_universe_runs.n_listed is 'usable rows in the list served';
 comment on column wallet_universe_runs.churn_warning_count is
-    'how many runs in a row, this one included, changed more than 30 % of the universe';
+    'how many runs in a row, this one included, had wallets enter and leave that together are over 30 % of it';
 
 create table wallet_universe_members (
     run_id        bigint not null references wallet_universe_runs on delete cascade,
@@ -61,7 +63,8 @@ create table wallet_universe_members (
     constraint wallet_universe_members_rank check (rank > 0)
 );
 create index wallet_universe_members_as_of on wallet_universe_members (as_of_ts);
-comment on table wallet_universe_members is 'The universe as each successful run found it.';
+comment on table wallet_universe_members is
+    'The universe as each successful run found it; columns as in wallet_universe_current.';
 
 create table wallet_universe_current (
     wallet_id     text collate "C" primary key,
@@ -115,6 +118,10 @@ comment on column wallet_snapshots.asset is 'coin; of a builder-deployed market 
 comment on column wallet_snapshots.position_szi is 'units of the coin, negative for short; 0: seen to be flat';
 comment on column wallet_snapshots.liq_px is 'USD; NULL where the exchange names none';
 comment on column wallet_snapshots.margin_used is 'USD, as are entry_px and position_value';
+comment on column wallet_snapshots.entry_px is 'USD; NULL without a position, as are the columns that follow';
+comment on column wallet_snapshots.leverage is 'as set by the wallet, 20 is 20x';
+comment on column wallet_snapshots.leverage_type is 'cross or isolated';
+comment on column wallet_snapshots.dirty_reason is 'null_szi, transient_collapse or szi_jump';
 comment on column wallet_snapshots.missing_reason is 'why position_szi is NULL';
 comment on column wallet_snapshots.is_dirty is
     'not to be trusted: unknown, or found implausible by the snapshots around it (table snapshot_anomalies)';
@@ -136,6 +143,7 @@ create table snapshot_anomalies (
 create index snapshot_anomalies_detected on snapshot_anomalies (detected_at);
 comment on table snapshot_anomalies is
     'transient_collapse: gone for one minute; szi_jump: twentyfold for one minute; null_szi: could not be read.';
+comment on column snapshot_anomalies.details is 'the positions before, found and after; or the reason of a null';
 
 create table ingest_runs (
     run_id            bigint generated always as identity primary key,
@@ -156,6 +164,8 @@ create table ingest_runs (
     constraint ingest_runs_coverage check (coverage_pct between 0 and 100)
 );
 comment on table ingest_runs is 'One row a snapshot minute, however often it was run.';
+comment on column ingest_runs.run_id is 'number of the minute; not that of ingestion_runs, which is ledger_run_id';
+comment on column ingest_runs.error is 'the commonest reasons why wallets could not be read, each with how often';
 comment on column ingest_runs.status is 'by coverage: success from 95 %, partial from 80 %, else failed';
 comment on column ingest_runs.wallets_succeeded is 'wallets with a position known for every asset';
 comment on column ingest_runs.rows_written is 'rows whose position is known; the others are NULL with a reason';
@@ -172,6 +182,7 @@ create table ingest_health (
 );
 comment on table ingest_health is
     'Health after each snapshot minute (health_ts). For health now read v_latest_health, which looks at the clock.';
+comment on column ingest_health.last_success_snapshot_ts is 'the newest minute that did not fail';
 
 create table signals (
     signal_ts           timestamptz not null,
@@ -210,6 +221,17 @@ comment on table signals is
     'What the watched wallets did between two five-minute windows; formulas in hlcli/features/signals.py.';
 comment on column signals.signal_ts is 'end of the window; the window before it is what it is compared with';
 comment on column signals.formula_version is 'v1: as first defined, seldom fires; v2: ours';
+comment on column signals.alignment_trend is 'the score against its mean of the 15 minutes before: 5 more, or less';
+comment on column signals.allowed_playbook is 'with the crowd, if at all: Long-only, Short-only or No-trade';
+comment on column signals.risk_mode is 'Normal, Reduced or Defensive';
+comment on column signals.add_exposure is 'whether the crowd still builds up without leaving';
+comment on column signals.tighten_stops is 'whether it leaves, divides or turns';
+comment on column signals.add_long_count is 'wallets that added to or opened a long, beyond what is dust for them';
+comment on column signals.add_short_count is 'the same for shorts; in v2 a flip counts here and among the reducers';
+comment on column signals.reducer_count is 'wallets that cut or closed a position';
+comment on column signals.holder_count is 'wallets that held a position in the window before';
+comment on column signals.dirty_count is 'wallets with a value in the window that was found implausible';
+comment on column signals.degraded_reason is 'why the signal rests on thin data; NULL when it does not';
 comment on column signals.alignment_score is '0 all sell, 50 balance, 100 all buy';
 comment on column signals.alignment_score_ntl is 'the same weighted by size (v2)';
 comment on column signals.dispersion_index is '0 unanimous to 100 divided; NULL when too few moved (v2)';
@@ -238,7 +260,8 @@ create table signal_contributors (
     constraint signal_contributors_counts check (
         count_add_long + count_add_short + count_reducers + count_flat = total_wallets)
 );
-comment on table signal_contributors is 'The v1 classes of wallets, each wallet in exactly one.';
+comment on table signal_contributors is
+    'The v1 classes of wallets, each wallet in exactly one; pct_ is percent of total_wallets.';
 
 create table alerts (
     id              bigint generated always as identity primary key,
@@ -257,7 +280,8 @@ create table alerts (
 );
 comment on table alerts is 'Raised by `hlcli signals compute` from the v2 signals.';
 comment on column alerts.alert_ts is 'the signal''s time; for system_stale the time of detection';
-comment on column alerts.suppressed is 'not to be sent: in cooldown, over the daily cap, or while the system is stale';
+comment on column alerts.signal_snapshot is 'the v2 signal that raised it, as a row of signals';
+comment on column alerts.suppressed is 'not worth sending: in cooldown, over the daily cap, or while the system is stale';
 
 create table alert_state (
     asset              text collate "C" not null,
@@ -276,7 +300,9 @@ create table alert_state (
 );
 comment on table alert_state is 'Where each kind of alert stands; assets beyond the first three are added as they come.';
 comment on column alert_state.is_active is 'has fired and is not re-armed';
-comment on column alert_state.last_evaluated_ts is 'signal_ts up to which this alert was decided';
+comment on column alert_state.last_evaluated_ts is 'signal_ts up to which this alert was decided; of SYSTEM the time';
+comment on column alert_state.daily_count is 'alerts since daily_window_start, which moves on after 24 hours';
+comment on column alert_state.current_playbook is 'the playbook that counts; pending_playbook must come twice to replace it';
 insert into alert_state (asset, alert_type) values
     ('HYPE', 'regime_change'), ('HYPE', 'exit_cluster'),
     ('BTC', 'regime_change'), ('BTC', 'exit_cluster'),

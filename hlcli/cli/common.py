@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hlcli import logs
-from hlcli.exitcodes import MEANINGS, ExitCode, HlcliError, exit_code_for
+from hlcli.exitcodes import MEANINGS, ConfigError, ExitCode, HlcliError, exit_code_for
 
 if TYPE_CHECKING:
     from hlcli.jobs import Report
@@ -95,6 +94,17 @@ def amount(text: str) -> Decimal:
     return value
 
 
+def asset(text: str) -> str:
+    """A coin, or dex:COIN."""
+    from hlcli.settings import assets_of
+
+    try:
+        (name,) = assets_of(text)
+    except (ConfigError, ValueError):
+        raise typer.BadParameter(f"{text!r} is no coin such as BTC or xyz:GOLD") from None
+    return name
+
+
 def address(text: str) -> str:
     """An address, in lower case."""
     plain = text.strip().lower()
@@ -103,19 +113,17 @@ def address(text: str) -> str:
     return plain
 
 
-def show_report(report: Report, *, as_json: bool) -> None:
-    """Print what a job did, then exit with its code: JSON when asked, a summary on a terminal, else nothing."""
+def show_report(report: Report, *, as_json: bool, always: bool = False) -> None:
+    """Print what a job did, then exit with its code: JSON when asked, a summary on a terminal, else nothing.
+
+    `always`: the summary is what was asked for.
+    """
     from hlcli import output
 
-    try:
-        if as_json:
-            output.print_json(report.as_json())
-        elif sys.stdout.isatty():
-            _summary(report)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone, the work is done: the run's own code counts, not the 1 that Typer would exit with.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    if as_json:
+        output.print_json(report.as_json())
+    elif always or sys.stdout.isatty():
+        _summary(report)
     if report.exit_code:
         logs.log.warning("%s: %s", report.channel.label, report.error or report.status)
     raise typer.Exit(int(report.exit_code))
@@ -137,12 +145,12 @@ def _summary(report: Report) -> None:
             print(f"  requests  {numbers['requests']:,}, weight {numbers['weight']:,}")
     for name, value in report.details.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{count:,} {what}" for what, count in value.items()) or "none"  # noqa: PLW2901
-        print(
-            f"  {name.replace('_', ' ')}: {value:,}"
-            if isinstance(value, int)
-            else f"  {name.replace('_', ' ')}: {value}"
-        )
+            value = ", ".join(f"{count:,} x {what}" for what, count in value.items()) or "none"  # noqa: PLW2901
+        elif isinstance(value, datetime):
+            value = f"{value:%Y-%m-%d %H:%MZ}"  # noqa: PLW2901
+        elif isinstance(value, int):
+            value = f"{value:,}"  # noqa: PLW2901
+        print(f"  {name.replace('_', ' ')}: {value}")
 
 
 def tell(error: BaseException) -> ExitCode:

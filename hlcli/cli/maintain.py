@@ -25,4 +25,4 @@ def maintain(
     from hlcli.jobs import maintain as job
 
     report = job.maintain(common.settings(), dry_run=dry_run, fail_if_locked=fail_if_locked)
-    common.show_report(report, as_json=as_json)
+    common.show_report(report, as_json=as_json, always=dry_run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import sys
 from datetime import datetime
 from decimal import Decimal
 from typing import Annotated
@@ -47,10 +47,15 @@ snapshots; what rests on thin data is marked degraded.
     common.show_report(report, as_json=as_json)
 
 
-@app.command(epilog=common.epilog("hlcli signals show --asset BTC --since 2026-11-21", ExitCode.CONFIG))
+@app.command(
+    epilog=common.epilog(
+        "hlcli signals show --asset BTC --since 2026-11-21", ExitCode.TEMPORARY, ExitCode.CONFIG
+    )
+)
 def show(
     asset: Annotated[
-        list[str] | None, typer.Option(metavar="COIN", help="Only this coin; may be repeated.")
+        list[str] | None,
+        typer.Option(parser=common.asset, metavar="COIN", help="Only this coin; may be repeated."),
     ] = None,
     version: Annotated[str, typer.Option(metavar="v1|v2|all", help="Which formulas.")] = "v2",
     since: Annotated[
@@ -62,7 +67,11 @@ def show(
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most so many rows.")] = 100,
     as_json: common.Json = False,
 ) -> None:
-    """Show signals, newest first, and the alerts of the last day."""
+    """Show signals, newest first, and the last five alerts of the last day.
+
+    align: 0 all sell, 50 balance, 100 all buy. disp: 0 unanimous to 100 divided. exit: percent who reduce, in v2 of \
+those who hold. z: how unusual that is, in standard deviations. Times are UTC.
+    """
     from hlcli import output
     from hlcli.jobs.compute_signals import read_signals
 
@@ -76,31 +85,31 @@ def show(
         limit=limit,
     )
     if as_json:
-        output.print_json(
-            {"signals": [asdict(each) for each in rows], "alerts": [asdict(each) for each in alerts]}
-        )
+        output.print_json({"signals": rows, "alerts": alerts})
         return
+    on_terminal = sys.stdout.isatty()  # where the reason would fold every other column
     output.print_table(
-        ["time", "asset", "align", "trend", "disp", "exit", "z", "playbook", "risk", "wallets", "degraded"],
+        ["time", "asset", "v", "align", "trend", "disp", "exit", "z", "playbook", "risk", "degraded"],
         [
             [
-                f"{each.signal_ts:%m-%d %H:%M}",
-                each.asset if version != "all" else f"{each.asset} {each.formula_version}",
-                _score(each.alignment_score),
-                each.alignment_trend,
-                _score(each.dispersion_index),
-                _score(each.exit_cluster_score),
-                _score(each.exit_cluster_z),
-                each.allowed_playbook,
-                each.risk_mode,
-                each.wallet_count,
-                each.degraded_reason,
+                f"{row['signal_ts']:%m-%d %H:%M}",
+                row["asset"],
+                row["formula_version"],
+                _score(row["alignment_score"]),
+                row["alignment_trend"],
+                _score(row["dispersion_index"]),
+                _score(row["exit_cluster_score"]),
+                _score(row["exit_cluster_z"]),
+                row["allowed_playbook"],
+                row["risk_mode"],
+                "yes" if on_terminal and row["is_degraded"] else row["degraded_reason"],
             ]
-            for each in rows
+            for row in rows
         ],
+        whole=["time", "v", "trend", "playbook", "risk"],
     )
     for alert in alerts:
-        print(f"{alert.alert_ts:%m-%d %H:%M} {alert.severity}: {output.printable(alert.message)}")
+        print(f"{alert['alert_ts']:%m-%d %H:%M} {alert['severity']}: {output.printable(alert['message'])}")
 
 
 def _score(value: Decimal | None) -> str | None:

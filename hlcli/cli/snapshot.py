@@ -8,26 +8,15 @@ from typing import Annotated
 import typer
 
 from hlcli.cli import common
-from hlcli.exitcodes import ConfigError
 
-EPILOG = common.epilog("hlcli snapshot --asset BTC --asset xyz:GOLD", *common.JOB_CODES)
-
-
-def _asset(text: str) -> str:
-    from hlcli.settings import assets_of
-
-    try:
-        (asset,) = assets_of(text)
-    except (ConfigError, ValueError):
-        raise typer.BadParameter(f"{text!r} is no coin such as BTC or xyz:GOLD") from None
-    return asset
+EPILOG = common.epilog("hlcli snapshot --asset SOL --asset xyz:GOLD", *common.JOB_CODES)
 
 
 def snapshot(
     asset: Annotated[
         list[str] | None,
         typer.Option(
-            parser=_asset, metavar="COIN", help="Only this coin; may be repeated. Default: HLCLI_ASSETS."
+            parser=common.asset, metavar="COIN", help="This coin too, beside HLCLI_ASSETS; may be repeated."
         ),
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=32, help="Requests under way at once.")] = 8,
@@ -52,7 +41,10 @@ def snapshot(
     batch: Annotated[
         int,
         typer.Option(
-            min=0, max=50, metavar="N", help="Ask for N wallets at once (undocumented by the exchange)."
+            min=0,
+            max=50,
+            metavar="N",
+            help="Ask for N wallets at once: undocumented, and matched by order alone.",
         ),
     ] = 0,
     fail_if_locked: common.FailIfLocked = False,
@@ -65,12 +57,15 @@ Exit 0 from 95 % of the wallets, 3 from 80 %, else 4.
     """
     from hlcli.jobs import snapshot as job
 
-    if deadline > timedelta(seconds=59):
-        raise typer.BadParameter("--deadline: a snapshot must end within its minute, 59s at most")
+    if not timedelta(seconds=1) <= deadline <= timedelta(seconds=59):
+        raise typer.BadParameter("--deadline: must lie within the minute, from 1s to 59s")
+    settings = common.settings()
+    # Never instead of the usual ones: the minute would lack them, as the next run would find the lock held.
+    assets = tuple(dict.fromkeys((*settings.hlcli_assets, *(asset or ()))))
     report = job.snapshot(
-        common.settings(),
+        settings,
         job.Options(
-            assets=tuple(dict.fromkeys(asset or ())),
+            assets=assets,
             concurrency=concurrency,
             timeout=timeout,
             deadline=deadline,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +56,7 @@ def _print_json(found: Status) -> None:
 def _print(found: Status) -> None:
     from hlcli import output
 
+    on_terminal = sys.stdout.isatty()  # where an error would fold every other column
     output.print_table(
         ["channel", "state", "last success", "ago", "rows", "rejected", "skips", "last run"],
         [
@@ -66,11 +68,16 @@ def _print(found: Status) -> None:
                 f"{each.rows:,}",
                 f"{each.rejected:,}",
                 each.skips,
-                _last(each.last_status, each.error),
+                each.last_status or "never" if on_terminal else _last(each.last_status, each.error),
             ]
             for each in found.health
         ],
+        whole=["channel", "state", "ago"],
     )
+    if on_terminal:
+        for each in found.health:
+            if each.error:
+                print(f"{each.channel.label}: {output.printable(each.error[:200])}")
     if found.snapshots:
         state, age = found.snapshots, found.snapshots.age_s
         print(

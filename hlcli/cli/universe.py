@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
@@ -10,16 +11,24 @@ import typer
 
 from hlcli.cli import common
 from hlcli.exitcodes import ExitCode
+from hlcli.logs import log
 
 if TYPE_CHECKING:
-    from hlcli.jobs.refresh_universe import Universe
+    from decimal import Decimal
+
+    from hlcli.jobs.refresh_universe import Change, Member, Universe
 
 app = typer.Typer(help="The wallets that are watched: the best traders by 30-day PnL.", no_args_is_help=True)
 
 
 @app.command(epilog=common.epilog("hlcli universe refresh --size 200", *common.JOB_CODES))
 def refresh(
-    size: Annotated[int, typer.Option(min=1, max=20_000, help="How many wallets to watch.")] = 200,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=20_000, help="How many wallets to watch. Default: as many as last time, at first 200."
+        ),
+    ] = None,
     deadline: Annotated[
         timedelta,
         typer.Option(
@@ -34,7 +43,7 @@ def refresh(
     ] = False,
     accept_churn: Annotated[
         bool,
-        typer.Option("--accept-churn", help="Take a third universe in a row that changed by over 30 %."),
+        typer.Option("--accept-churn", help="Take it though over 30 % entered or left, thrice in a row."),
     ] = False,
     fail_if_locked: common.FailIfLocked = False,
     as_json: common.Json = False,
@@ -62,7 +71,8 @@ reason.
 @app.command(epilog=common.epilog("hlcli universe show --diff", ExitCode.TEMPORARY, ExitCode.CONFIG))
 def show(
     run: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The universe of this run. Default: the last.")
+        int | None,
+        typer.Option(min=1, max=2**63 - 1, metavar="N", help="The universe of this run. Default: the last."),
     ] = None,
     diff: Annotated[bool, typer.Option("--diff", help="What changed since the universe before it.")] = False,
     as_json: common.Json = False,
@@ -72,18 +82,32 @@ def show(
     from hlcli.jobs.refresh_universe import read_universe
 
     found = read_universe(common.settings(), run_id=run)
+    if found.run["error"]:
+        log.warning("run %d failed: %s", found.run["run_id"], found.run["error"])
     if as_json:
         held = {"changes": found.changes} if diff else {"wallets": found.members}
         output.print_json(
             {"run": found.run, **{name: [asdict(each) for each in rows] for name, rows in held.items()}}
         )
-    elif diff:
+        return
+    if sys.stdout.isatty():
+        told = found.run
+        print(f"run {told['run_id']} at {told['as_of_ts']:%Y-%m-%d %H:%MZ}, {told['status']}")
+    if diff:
         output.print_table(
-            ["change", "wallet", "rank before", "rank", "pnl 30d", "name"],
+            ["change", "wallet", "was", "rank", "pnl 30d", "name"],
             [
-                [each.change, each.wallet_id, each.rank_before, each.rank, _usd(each.month_pnl), _name(each)]
+                [
+                    each.change,
+                    each.wallet_id,
+                    each.rank_before,
+                    each.rank,
+                    _number(each.month_pnl),
+                    _name(each),
+                ]
                 for each in found.changes
             ],
+            whole=["wallet"],
         )
     else:
         _print_members(found)
@@ -93,26 +117,27 @@ def _print_members(found: Universe) -> None:
     from hlcli import output
 
     output.print_table(
-        ["rank", "wallet", "pnl 30d", "roi 30d", "account value", "name"],
+        ["rank", "wallet", "pnl 30d", "roi 30d", "account", "name"],
         [
             [
                 each.rank,
                 each.wallet_id,
-                _usd(each.month_pnl),
-                None if each.month_roi is None else f"{100 * each.month_roi:,.1f} %",
-                _usd(each.account_value),
+                _number(each.month_pnl),
+                None if each.month_roi is None else f"{_number(100 * each.month_roi, 1)} %",
+                None if each.account_value is None else _number(each.account_value),
                 _name(each),
             ]
             for each in found.members
         ],
+        whole=["wallet"],
     )
 
 
-def _usd(value: object) -> str | None:
-    return None if value is None else f"{value:,.0f}"
+def _number(value: Decimal, decimals: int = 0) -> str:
+    """A number for the eye; an absurd one in short."""
+    return f"{value:,.{decimals}f}" if abs(value) < 10**15 else f"{value:.2e}"
 
 
-def _name(each: object) -> str | None:
+def _name(each: Member | Change) -> str | None:
     """The display name, cut: it is any text, of any length."""
-    name = getattr(each, "display_name", None)
-    return name[:24] if name else None
+    return each.display_name[:12] if each.display_name else None

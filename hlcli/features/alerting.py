@@ -1,6 +1,7 @@
 """When a signal becomes an alert: persistence, re-arming, cooldown and a daily cap; no clock and no database.
 
-Facts A.2.3 of the project's notes on wallets, with v2's exit score (A.2.4) in place of v1's, which cannot fire.
+The rules are those of the dashboard that v1 comes from, with v2's exit score in place of v1's, which cannot fire: a
+quarter of all wallets would have to leave within five minutes.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ class Alert:
 
 
 def evaluate(
-    states: Mapping[Key, State], signals: Iterable[Signal], *, now: datetime, last_snapshot: datetime | None
+    states: Mapping[Key, State], signals: Iterable[Signal], *, now: datetime, last_snapshot: datetime
 ) -> tuple[dict[Key, State], list[Alert]]:
     """Decide the signals that each alert has not seen yet, in order of time; returns the new states and the alerts.
 
-    `last_snapshot` is the newest usable one: when it is over ten minutes old at `now`, or there is none, the system
-    is stale, and everything else is suppressed until it is not.
+    `last_snapshot` is the newest usable one: when it is over ten minutes old at `now` the system is stale, and
+    everything else is suppressed until it is not.
     """
     desk = _Desk(dict(states))
     desk.look_at_system(now, last_snapshot)
@@ -99,16 +100,12 @@ class _Desk:
     def keep(self, state: State) -> None:
         self.states[state.asset, state.alert_type] = state
 
-    def look_at_system(self, now: datetime, last_snapshot: datetime | None) -> None:
+    def look_at_system(self, now: datetime, last_snapshot: datetime) -> None:
         state = self.state(SYSTEM, STALE)
-        stale = last_snapshot is None or now - last_snapshot > STALE_AFTER
+        stale = now - last_snapshot > STALE_AFTER
         if stale and not state.is_active:
-            since = f"since {last_snapshot:%Y-%m-%d %H:%MZ}" if last_snapshot else "at all"
-            self.alerts.append(
-                Alert(
-                    now, SYSTEM, STALE, SEVERITY[STALE], f"no usable snapshot {since}", None, suppressed=False
-                )
-            )
+            message = f"no usable snapshot since {last_snapshot:%Y-%m-%d %H:%MZ}"
+            self.alerts.append(Alert(now, SYSTEM, STALE, SEVERITY[STALE], message, None, suppressed=False))
             state = replace(state, last_triggered_ts=now)
         self.keep(replace(state, is_active=stale, last_evaluated_ts=now))
 

@@ -1,9 +1,21 @@
 """What the watched wallets did between two five-minute windows, as scores and a playbook.
 
-Two versions of each score, both from the same pairs of positions. v1 is the one that the dashboard was first built
-on; it divides by all wallets, most of which do nothing in five minutes, and so seldom leaves the middle. v2 divides
-by those who moved or hold, shrinks small crowds towards balance and splits a flip into an exit and an entry. Facts
-A.2.3 and A.2.4 of the project's notes on wallets give the definitions and the arithmetic behind them.
+For a wallet and a coin, p is its last clean position in the window before and c the one in this window; d = c - p; eps
+is what counts as dust: EPS_ABS, or 2 % of the median size of its closing positions of 24 hours where that is more.
+
+v1 is what the dashboard was first built on. Of N wallets known in both windows, L have d > eps and c > 0, S have
+d < -eps and c < 0, R have |c| < |p| - eps, the others are flat:
+    alignment  50 + 50 (L - S) / N, at most 60 when exits are over 25
+    dispersion the standard deviation of d / max(|p|, eps), each within -2 and 2, times 100, at most 100
+    exits      100 R / N
+Most wallets do nothing in five minutes, so dividing by all of them seldom leaves the middle, and a flip is no exit.
+
+v2 splits each move at zero: L and S add more than eps to a long or a short, R cut more than eps, H hold |p| > eps, and a
+flip counts in two of them. Small crowds are shrunk towards balance:
+    alignment  50 + 50 (L - S) / (L + S + 10), and the same weighted by what was added
+    dispersion 100 (1 - |L - S| / (L + S)) (L + S) / (L + S + 10)
+    exits      100 R / H, and the same weighted by what was held
+    z          (R - H q) / sqrt(H q (1 - q)), q being the mean of R / H over the last 24 hours
 
 Scores are statistics of sizes and are computed in doubles; sizes have at most six decimals, so differences are rounded
 to eight before they are compared, and 0.03 - 0.02 is 0.01.
@@ -337,7 +349,14 @@ def _v2(moves: pl.DataFrame, base: pl.DataFrame, past: pl.DataFrame) -> pl.DataF
                 / (holders * pl.col("q") * (1 - pl.col("q"))).sqrt()
             )
         )
-        .select(*base.columns, *_SCORES, *_COUNTS[:4])
+        .select(
+            *base.columns,
+            *_SCORES,
+            "add_long_count",
+            "add_short_count",
+            "reducer_count",
+            "holder_count",
+        )
     )
 
 

@@ -118,7 +118,7 @@ def run_job(
             report.error = f"ended by signal, exit {int(report.exit_code)}" if stopped else one_line(error)
             raise
         finally:
-            if report.failed and report.error is None:
+            if report.failed and report.error is None and report.status != "ok":
                 report.error = f"{run.units_failed} units failed, first: {report.failed[0]}"
             report.seconds = round(time.monotonic() - started, 3)
             report.numbers = {

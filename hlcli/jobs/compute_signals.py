@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from hlcli import migrations
@@ -66,7 +65,7 @@ def compute_signals(settings: Settings, options: Options) -> Report:
             with job.run.unit() as unit:
                 skipped += _compute(job, unit, start, end)
             start = end + signals.WINDOW
-        job.report.details.update(windows_until=last, skipped=dict(skipped))
+        job.report.details.update(newest_window=last, skipped=dict(skipped))
         with job.run.unit() as unit:
             job.report.details["alerts"] = _alert(unit)
 
@@ -77,13 +76,19 @@ def _range(connection: Connection[Any], options: Options) -> tuple[datetime, dat
     """The ends of the first and the last window to compute; the first is later when there is nothing to do."""
     row = connection.execute(query("signals", "newest_window")).fetchone()
     assert row is not None
-    newest, stored, oldest_snapshot, now = row
+    newest, stored, first_stored, oldest_snapshot, now = row
     if options.at is not None:
-        _check(options.at, newest)
+        if options.at > newest:
+            raise UsageError(f"--at: the newest window that can be computed ends {newest:%Y-%m-%d %H:%MZ}")
+        if _up(options.at) != options.at:
+            raise UsageError("--at: windows end at multiples of five minutes")
         return options.at, options.at
     first = options.since or max(stored or now - CATCH_UP, now - CATCH_UP)
     if options.since is not None and options.since > newest:
         raise UsageError(f"--since: the newest window that can be computed ends {newest:%Y-%m-%d %H:%MZ}")
+    if options.since is not None and stored and oldest_snapshot and first_stored < oldest_snapshot:
+        # What is dust follows from a day: the signals of the first day kept were computed from more than is left.
+        first = max(first, min(stored, oldest_snapshot + signals.DAY))
     # Snapshots are kept for days only; before them there is nothing to compute.
     return _up(max(first, oldest_snapshot or now)), newest
 
@@ -91,13 +96,6 @@ def _range(connection: Connection[Any], options: Options) -> tuple[datetime, dat
 def _up(moment: datetime) -> datetime:
     """The end of the window that a moment lies in."""
     return moment + (datetime.min.replace(tzinfo=moment.tzinfo) - moment) % signals.WINDOW
-
-
-def _check(at: datetime, newest: datetime) -> None:
-    if at > newest:
-        raise UsageError(f"--at: the newest window that can be computed ends {newest:%Y-%m-%d %H:%MZ}")
-    if _up(at) != at:
-        raise UsageError("--at: windows end at multiples of five minutes")
 
 
 def _compute(job: Job, unit: Unit, first: datetime, last: datetime) -> Counter[str]:
@@ -176,6 +174,10 @@ def _alert(unit: Unit) -> int:
     row = connection.execute(query("signals", "last_usable")).fetchone()
     assert row is not None
     last_snapshot, now = row
+    if (
+        last_snapshot is None
+    ):  # nothing was ever snapshot, or for longer than runs are kept: nothing new to say
+        return 0
     seen = [state.last_evaluated_ts for key, state in states.items() if key[1] != alerting.STALE]
     after = min((each for each in seen if each), default=None)
     found = connection.execute(
@@ -193,47 +195,6 @@ def _alert(unit: Unit) -> int:
     return sum(not alert.suppressed for alert in alerts)
 
 
-@dataclass(frozen=True, slots=True)
-class SignalRow:
-    """A row of signals."""
-
-    signal_ts: datetime
-    asset: str
-    formula_version: str
-    alignment_score: Decimal
-    alignment_score_ntl: Decimal | None
-    alignment_trend: str
-    dispersion_index: Decimal | None
-    exit_cluster_score: Decimal | None
-    exit_cluster_size: Decimal | None
-    exit_cluster_z: Decimal | None
-    allowed_playbook: str
-    risk_mode: str
-    add_exposure: bool
-    tighten_stops: bool
-    add_long_count: int
-    add_short_count: int
-    reducer_count: int
-    holder_count: int
-    wallet_count: int
-    missing_count: int
-    dirty_count: int
-    snapshot_count: int
-    is_degraded: bool
-    degraded_reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class AlertRow:
-    """A row of v_recent_alerts."""
-
-    alert_ts: datetime
-    asset: str
-    alert_type: str
-    severity: str
-    message: str
-
-
 def read_signals(
     settings: Settings,
     *,
@@ -241,12 +202,12 @@ def read_signals(
     version: str | None = "v2",
     since: datetime | None = None,
     limit: int = 100,
-) -> tuple[list[SignalRow], list[AlertRow]]:
-    """The newest window's signals, or the newest `limit` since a moment; and the alerts of the day."""
-    from psycopg.rows import class_row
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of `signals`, the newest window's or the newest `limit` since a moment, and of `v_recent_alerts`."""
+    from psycopg.rows import dict_row
 
     wanted = {"assets": list(assets) or None, "version": version, "since": since, "limit": limit}
     with migrations.connect_ready(settings, role="signals") as connection:
-        shown = connection.cursor(row_factory=class_row(SignalRow)).execute(query("signals", "show"), wanted)
-        alerts = connection.cursor(row_factory=class_row(AlertRow)).execute(query("signals", "recent_alerts"))
+        shown = connection.cursor(row_factory=dict_row).execute(query("signals", "show"), wanted)
+        alerts = connection.cursor(row_factory=dict_row).execute(query("signals", "recent_alerts"))
         return shown.fetchall(), alerts.fetchall()

@@ -58,7 +58,8 @@ class Rule:
     columns: list[str]
     """All that can be written: not the generated ones."""
     partitioned: bool
-    is_ledger: bool
+    expendable: str | None
+    """The query that says which old rows can be done without; None: all."""
     unfit: str | None
     """Why the rule cannot be followed."""
 
@@ -281,12 +282,12 @@ def _delete_batch(connection: Connection[Any], *, rule: Rule) -> int:
 
 
 def _on_old_rows(name: str, rule: Rule) -> sql.Composed:
-    """A query over the rows that are to go: those before the cut-off, of the ledger only the expendable."""
+    """A query over the rows that are to go: those before the cut-off that are expendable."""
     # Literals, as psycopg would look for parameters in a table's name as well.
     return sql.SQL(query("maintain", name)).format(
         table=rule.cleared,
         column=sql.Identifier(rule.column),
         cut_off=sql.Literal(rule.cut_off),
-        expendable=sql.SQL(query("maintain", "expendable_runs") if rule.is_ledger else "true"),
+        expendable=sql.SQL(query("maintain", rule.expendable) if rule.expendable else "true"),
         batch=sql.Literal(BATCH_ROWS),
     )

@@ -29,7 +29,8 @@ CHANNEL = Channel(
     "hyperliquid", "wallet_universe", timedelta(hours=6), "hlcli universe refresh", "41 */6 * * *"
 )
 
-# Facts A.2.2: fewer are no universe; more than this change is worth a warning, three times in a row a broken source.
+FIRST_SIZE = 200
+# Fewer are no universe; more than this change is worth a warning, three times in a row a broken source.
 LEAST_SHARE_RECEIVED = 0.9
 LEAST_SHARE_OF_LAST_LIST = 0.5
 CHURN_WARNING = 0.3
@@ -40,7 +41,8 @@ CHURN_REFUSED_AFTER = 3
 class Options:
     """What the command line decides."""
 
-    size: int = 200
+    size: int | None = None
+    """None: as large as the last one, at first 200."""
     deadline: timedelta = timedelta(minutes=10)
     accept_short_list: bool = False
     accept_churn: bool = False
@@ -75,7 +77,9 @@ def refresh_universe(settings: Settings, options: Options) -> Report:
 
     def work(job: Job) -> None:
         run = job.run
-        outcome = _Outcome(as_of_ts=run.started_at, n_requested=options.size, ledger_run_id=run.run_id)
+        last = run.connection.execute(query("wallets", "last_universe")).fetchone()
+        size = options.size or (last[1] if last else FIRST_SIZE)
+        outcome = _Outcome(as_of_ts=run.started_at, n_requested=size, ledger_run_id=run.run_id)
         try:
             with job.client(deadline=options.deadline) as client:
                 board = _fetch(client, job, outcome)
@@ -117,8 +121,8 @@ def _replace(job: Job, unit: Unit, board: Leaderboard, outcome: _Outcome, option
     outcome.entered_count, outcome.exited_count = len(now - before), len(before - now)
     _refuse_short(board, outcome, last and (last[2] if last[3] == outcome.source else 0), options)
     # The first universe, or one of another size, is no churn.
-    churn = (outcome.entered_count + outcome.exited_count) / options.size
-    if last and last[1] == options.size and churn > CHURN_WARNING:
+    churn = (outcome.entered_count + outcome.exited_count) / outcome.n_requested
+    if last and last[1] == outcome.n_requested and churn > CHURN_WARNING:
         outcome.churn_warning_count = last[4] + 1
         _refuse_churn(churn, outcome, options)
     outcome.status = "success"
@@ -142,9 +146,9 @@ def _replace(job: Job, unit: Unit, board: Leaderboard, outcome: _Outcome, option
 
 
 def _refuse_short(board: Leaderboard, outcome: _Outcome, last_listed: int | None, options: Options) -> None:
-    if outcome.n_received < options.size * LEAST_SHARE_RECEIVED:
+    if outcome.n_received < outcome.n_requested * LEAST_SHARE_RECEIVED:
         raise BadPayloadError(
-            f"the leaderboard has {outcome.n_received} usable wallets, {options.size} were asked for: "
+            f"the leaderboard has {outcome.n_received} usable wallets, {outcome.n_requested} were asked for: "
             "refused, the universe stays as it was"
         )
     if board.listed < (last_listed or 0) * LEAST_SHARE_OF_LAST_LIST and not options.accept_short_list:
@@ -158,15 +162,15 @@ def _refuse_churn(churn: float, outcome: _Outcome, options: Options) -> None:
     times = outcome.churn_warning_count
     if times >= CHURN_REFUSED_AFTER and not options.accept_churn:
         raise BadPayloadError(
-            f"{outcome.entered_count} wallets entered and {outcome.exited_count} left, the {times}. such change "
-            "in a row: refused, the universe stays as it was (--accept-churn takes it)"
+            f"{outcome.entered_count} wallets entered and {outcome.exited_count} left, change number {times} of "
+            "that size in a row: refused, the universe stays as it was (--accept-churn takes it)"
         )
     log.warning(
-        "the universe changed by %.0f %% (%d in a row): %d wallets entered, %d left",
-        100 * churn,
-        times,
+        "%d wallets entered the universe and %d left, together %.0f %% of it (%d in a row)",
         outcome.entered_count,
         outcome.exited_count,
+        100 * churn,
+        times,
     )
 
 
@@ -206,7 +210,10 @@ class Universe:
 
 
 def read_universe(settings: Settings, *, run_id: int | None = None) -> Universe:
-    """The universe of a run, by default of the last success. Raises UsageError when there is no such run."""
+    """The universe of a run, by default of the last success.
+
+    Raises UsageError when there is no such run, TemporaryError before the first success.
+    """
     from psycopg.rows import class_row, dict_row
 
     with migrations.connect_ready(settings, role="universe") as connection:
@@ -216,8 +223,9 @@ def read_universe(settings: Settings, *, run_id: int | None = None) -> Universe:
             .fetchone()
         )
         if found is None:
-            which = "no successful run yet: run `hlcli universe refresh`" if run_id is None else "no such run"
-            raise UsageError(f"there is {which}")
+            if run_id is None:
+                raise TemporaryError("there is no universe of wallets yet: run `hlcli universe refresh`")
+            raise UsageError(f"--run: there is no run {run_id}")
         members = (
             connection.cursor(row_factory=class_row(Member))
             .execute(query("wallets", "members"), (found["run_id"],))

@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from hlcli.exitcodes import TemporaryError
+from hlcli.exitcodes import ConfigError, TemporaryError
 from hlcli.features.signals import EPS_ABS
-from hlcli.jobs import Job, Report, run_job
+from hlcli.jobs import FAILED_SHOWN, Job, Report, run_job
 from hlcli.jobs.asking import ask_each
 from hlcli.ledger import Channel
 from hlcli.loader import Merge, Rejected, load, quarantine
@@ -60,19 +60,22 @@ def snapshot(settings: Settings, options: Options) -> Report:
     A wallet that could not be read is written as unknown, never as flat. A second run in the minute asks for what the
     first could not learn, and for nothing else. The whole minute commits at once, with its row of `ingest_runs`.
 
-    Raises TemporaryError when there is no universe, and what run_job() raises.
+    Raises TemporaryError when there is no universe, ConfigError for assets none of which the exchange lists, and what
+    run_job() raises.
     """
 
     def work(job: Job) -> None:
+        if not job.run.connection.execute(query("wallets", "universe")).fetchone():
+            raise TemporaryError("there is no universe of wallets yet: run `hlcli universe refresh`")
         began = time.monotonic()
-        minute, into_s = _minute(job, options)
+        minute, ends = _minute(job, options)
         assets = list(options.assets or settings.hlcli_assets)
         lacking = job.run.connection.execute(
             query("wallets", "lacking"), {"assets": assets, "minute": minute}
         ).fetchall()
         job.report.details.update(minute=minute, assets=", ".join(assets))
         if not lacking:
-            _nothing_to_ask(job)
+            job.report.details["already_done"] = "the whole minute"
             return
         asked = [question for row in lacking for question in wallets.questions(*row)]
         needed, allowed = weight("clearinghouseState") * len(asked), settings.hl_api_weight_per_minute
@@ -82,40 +85,38 @@ def snapshot(settings: Settings, options: Options) -> Report:
                 needed,
                 allowed,
             )
-        answers = _Answers(len(asked))
-        with job.client(deadline=options.deadline - timedelta(seconds=into_s), attempts=1) as client:
+        answers = _Answers()
+        # The tables may have been locked meanwhile.
+        with job.client(deadline=timedelta(seconds=ends - time.monotonic()), attempts=1) as client:
             _ask(client, job, asked, answers, options)
+            unlisted = _unlisted(client, job, answers, options)
+        if unlisted.issuperset(assets):
+            raise ConfigError(
+                f"the exchange lists no {' or '.join(sorted(unlisted))}: see HLCLI_ASSETS, --asset"
+            )
         _warn_of_clocks(answers, minute)
-        _store(job, minute, asked, answers, began)
+        _store(job, minute, asked, answers, unlisted, began)
 
     return run_job(settings, CHANNEL, work, fail_if_locked=options.fail_if_locked)
 
 
 def _minute(job: Job, options: Options) -> tuple[datetime, float]:
-    """The minute to write and the seconds that have passed of it; waits for the next one when it is far gone."""
-    latest_s = LATEST_START * options.deadline.total_seconds()
+    """The minute to write and the time.monotonic() until which to ask; waits for the next one when it is far gone."""
+    deadline_s = options.deadline.total_seconds()
     while True:
         row = job.run.connection.execute(query("wallets", "minute")).fetchone()
         assert row is not None
         minute, into_s = row
-        if into_s <= latest_s:
-            return minute, into_s
+        if into_s <= LATEST_START * deadline_s:
+            return minute, time.monotonic() + deadline_s - into_s
         log.warning("%d s of the minute have passed: waiting for the next one", into_s)
         time.sleep(60.001 - into_s)
-
-
-def _nothing_to_ask(job: Job) -> None:
-    """The minute is complete already, or there is no universe."""
-    if not job.run.connection.execute(query("wallets", "universe")).fetchone():
-        raise TemporaryError("there is no universe of wallets yet: run `hlcli universe refresh`")
-    job.report.details["already_done"] = True
 
 
 @dataclass(slots=True)
 class _Answers:
     """What came of each question; the last failure is the reason of those that stay unanswered."""
 
-    expected: int
     found: dict[Question, Positions] = field(default_factory=dict)
     reasons: dict[Question, str] = field(default_factory=dict)
 
@@ -181,6 +182,28 @@ def _ask(client: HttpClient, job: Job, asked: list[Question], answers: _Answers,
         )
 
 
+def _unlisted(client: HttpClient, job: Job, answers: _Answers, options: Options) -> set[str]:
+    """Assets that the exchange does not know: it says of them what it says of flat ones, and would be believed.
+
+    Only what nobody holds is looked up.
+    """
+    rows = [row for found in answers.found.values() for row in found.rows]
+    flat = {row["asset"] for row in rows} - {row["asset"] for row in rows if row.get("position_szi") != "0"}
+    unlisted = set()
+    for question in wallets.questions("", sorted(flat)):
+        try:
+            coins = wallets.fetch_coins(
+                client, job.settings, question.dex, timeout_s=options.timeout.total_seconds()
+            )
+        except TemporaryError as error:
+            log.info("whether %s are coins is not known: %s", ", ".join(question.assets), one_line(error))
+            continue
+        unlisted.update(set(question.assets) - coins)
+    for asset in sorted(unlisted):
+        log.warning("the exchange lists no %s: nothing is written for it", asset)
+    return unlisted
+
+
 def _warn_of_clocks(answers: _Answers, minute: datetime) -> None:
     """Minutes are the database's; whether its clock is right only the exchange can tell."""
     times = [row["source_ts"] for found in answers.found.values() for row in found.rows if row["source_ts"]]
@@ -191,23 +214,29 @@ def _warn_of_clocks(answers: _Answers, minute: datetime) -> None:
         )
 
 
-def _store(job: Job, minute: datetime, asked: Sequence[Question], answers: _Answers, began: float) -> None:
+def _store(
+    job: Job,
+    minute: datetime,
+    asked: Sequence[Question],
+    answers: _Answers,
+    unlisted: set[str],
+    began: float,
+) -> None:
     import polars as pl
 
     rows: list[dict[str, Any]] = []
     rejected: list[Rejected] = []
-    unknown: Counter[str] = Counter()
     for question in asked:
         found = answers.found.get(question)
         if found is None:
             reason = answers.reasons.get(question, "the minute was over before an answer came")
-            unknown[reason] += 1
-            if len(job.report.failed) < 5:
-                job.report.failed.append(f"{question.wallet_id}: {reason}")
             rows += wallets.unknown_rows(question, reason)
         else:
             rows += found.rows
             rejected += found.rejected
+    rows = [row for row in rows if row["asset"] not in unlisted]
+    unread = {row["wallet_id"]: row["missing_reason"] for row in rows if row.get("missing_reason")}
+    job.report.failed += [f"{wallet}: {reason}" for wallet, reason in unread.items()][:FAILED_SHOWN]
     run = job.run
     with run.unit() as unit:
         connection = unit.connection
@@ -219,7 +248,14 @@ def _store(job: Job, minute: datetime, asked: Sequence[Question], answers: _Answ
             pl.lit(minute).cast(pl.Datetime("us", "UTC")).alias("snapshot_ts"),
             pl.lit(opened[0]).alias("ingest_run_id"),
         )
-        counts = load(connection, wallets.SNAPSHOTS, frame, rule=Merge.UPDATE, run_id=run.run_id)
+        counts = load(
+            connection,
+            wallets.SNAPSHOTS,
+            frame,
+            rule=Merge.UPDATE,
+            run_id=run.run_id,
+            known_by=["wallet_id", "asset"],
+        )
         counts += quarantine(connection, wallets.SNAPSHOTS, rejected, run.run_id)
         marked = connection.execute(
             query("wallets", "mark_implausible"), {"minute": minute, "eps": json.dumps(EPS_ABS)}
@@ -229,7 +265,8 @@ def _store(job: Job, minute: datetime, asked: Sequence[Question], answers: _Answ
             {
                 "minute": minute,
                 "duration_ms": round((time.monotonic() - began) * 1000),
-                "error": "; ".join(f"{n} x {reason}" for reason, n in unknown.most_common(3)) or None,
+                "error": "; ".join(f"{n} x {reason}" for reason, n in Counter(unread.values()).most_common(3))
+                or None,
             },
         ).fetchone()
         assert closed is not None
@@ -238,11 +275,10 @@ def _store(job: Job, minute: datetime, asked: Sequence[Question], answers: _Answ
         if status != "failed":
             connection.execute(query("wallets", "tell_nulls"), {"minute": minute})
         connection.execute(query("wallets", "keep_health"), {"minute": minute})
-        unread = len({question.wallet_id for question in answers.left(asked)})
         unit.add(
             counts,
-            units_ok=len({question.wallet_id for question in asked}) - unread,
-            units_failed=unread,
+            units_ok=len({question.wallet_id for question in asked}) - len(unread),
+            units_failed=len(unread),
         )
     job.verdict = VERDICTS[status]
     job.report.details.update(

@@ -152,7 +152,7 @@ class WalletUniverse:
         self.count = count
         self._clock_ms = clock_ms
 
-    # All three are built when they are first asked for: most tests never do.
+    # All are built when they are first asked for: most tests never do.
     @cached_property
     def addresses(self) -> list[str]:
         """Every address, in the order of the leaderboard."""
@@ -184,7 +184,15 @@ class WalletUniverse:
 
     def info_handlers(self) -> dict[str, InfoHandler]:
         """The info types this module answers."""
-        return {"clearinghouseState": self._answer_state, BATCH_KIND: self._answer_batch}
+        return {
+            "clearinghouseState": self._answer_state,
+            BATCH_KIND: self._answer_batch,
+            "allMids": self._answer_mids,
+        }
+
+    def _answer_mids(self, request: Mapping[str, Any]) -> Answer:
+        coins = COINS.get(_dex_field(request), ())
+        return Answer({coin.name: str(self.price(coin.name, self._clock_ms())) for coin in coins})
 
     def _answer_state(self, request: Mapping[str, Any]) -> Answer:
         address, dex = address_field(request, "user"), _dex_field(request)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hlcli.budget import Priority
+from hlcli.http import MEGABYTE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +56,7 @@ def ask(
     most_items: int = 0,
     priority: Priority = Priority.NORMAL,
     timeout_s: float = 30.0,
+    limit_bytes: int = 32 * MEGABYTE,
 ) -> Any:
     """Ask one question and return the decoded answer; `most_items` is the most that it can return.
 
@@ -76,4 +78,5 @@ def ask(
         cost_of=cost_of,
         priority=priority,
         timeout_s=timeout_s,
+        limit_bytes=limit_bytes,
     )

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import heapq
 import re
+import time
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from hlcli.budget import Priority
-from hlcli.http import BadPayloadError, HttpClient
+from hlcli.budget import DeadlineError, Priority
+from hlcli.http import MEGABYTE, BadPayloadError, HttpClient
 from hlcli.loader import Rejected
 from hlcli.loader.checks import MAX_MS, NUMERIC_TEXT
+from hlcli.loader.quarantine import MAX_PAYLOAD
 from hlcli.sources import info, wire
 
 if TYPE_CHECKING:
@@ -68,9 +70,15 @@ def fetch_leaderboard(client: HttpClient, settings: Settings, size: int) -> Lead
     Raises SourceError when it cannot be had whole.
     """
 
+    def rows(body: IO[bytes]) -> Iterator[Any]:
+        for row in wire.items(body, "leaderboardRows"):
+            if time.monotonic() > client.deadline:
+                raise DeadlineError("the run's time is up")
+            yield row
+
     def check(body: IO[bytes]) -> Leaderboard:
         try:
-            return best(wire.items(body, "leaderboardRows"), size)
+            return best(rows(body), size)
         except (ValueError, ArithmeticError, RecursionError) as error:
             raise BadPayloadError("the leaderboard is cut off or no leaderboard") from error
 
@@ -102,6 +110,12 @@ def best(entries: Iterable[Any], size: int) -> Leaderboard:
     return Leaderboard(wire.frame(rows, _UNIVERSE_COLUMNS), len(reading.seen), reading.rejected)
 
 
+def _cut(payload: dict[str, Any]) -> dict[str, Any] | str:
+    """What quarantine will show of it: decoded JSON takes twenty times its bytes, and is kept until the end."""
+    told = wire.text(payload) or ""
+    return payload if len(told) <= MAX_PAYLOAD else told[:MAX_PAYLOAD]
+
+
 @dataclass(slots=True)
 class _Reading:
     """What was met while reading a leaderboard row by row."""
@@ -113,7 +127,7 @@ class _Reading:
         for entry in entries:
             row, column, reason = _wallet_row(entry)
             if reason:
-                self.rejected.append(Rejected([row["wallet_id"]], reason, {"entry": entry}, column))
+                self.rejected.append(Rejected([row["wallet_id"]], reason, _cut({"entry": entry}), column))
                 if len(self.rejected) > MAX_UNUSABLE:
                     raise BadPayloadError(f"over {MAX_UNUSABLE} rows of the leaderboard are unusable")
             if column not in {None, "display_name"} or row["wallet_id"] in self.seen:
@@ -222,6 +236,8 @@ def _ask(client: HttpClient, settings: Settings, question: dict[str, Any], dex: 
         priority=Priority.URGENT,
         most_items=len(question.get("users", ())),
         timeout_s=timeout_s,
+        # A wallet in every coin that there is takes 100 KB; decoded, twenty times as much.
+        limit_bytes=min(max(len(question.get("users", ())), 1), 32) * MEGABYTE,
     )
 
 
@@ -242,17 +258,25 @@ def positions(question: Question, answer: Any) -> Positions:
         if not isinstance(coin, str):
             raise BadPayloadError("a clearinghouseState with a position that names no coin")
         served.setdefault(coin, []).append(position)
-    time = answer.get("time")
-    source_ts = time if isinstance(time, int) and not isinstance(time, bool) and 0 <= time <= MAX_MS else None
+    told = answer.get("time")
+    source_ts = told if isinstance(told, int) and not isinstance(told, bool) and 0 <= told <= MAX_MS else None
     rows, rejected = [], []
     for asset in question.assets:
         found = served.get(asset, [])
         row, reason = _position_row(found)
         if reason:
             row = _unknown(reason)
-            rejected.append(Rejected([question.wallet_id, asset], reason, {"positions": found}))
+            rejected.append(Rejected([question.wallet_id, asset], reason, _cut({"positions": found})))
         rows.append({"wallet_id": question.wallet_id, "asset": asset, "source_ts": source_ts, **row})
     return Positions(rows, rejected)
+
+
+def fetch_coins(client: HttpClient, settings: Settings, dex: str, *, timeout_s: float) -> set[str]:
+    """The coins of a dex ("": the exchange's own), as they are spelt. Raises SourceError."""
+    mids = _ask(client, settings, {"type": "allMids"}, dex, timeout_s)
+    if not isinstance(mids, dict):
+        raise BadPayloadError("allMids served no prices")
+    return set(mids)
 
 
 def unknown_rows(question: Question, reason: str) -> list[dict[str, Any]]:
@@ -289,7 +313,8 @@ def _position_row(found: Sequence[Any]) -> tuple[dict[str, Any], str | None]:
         if plain is not None and not _NUMBER.fullmatch(plain):
             return {}, f"{name}: not_a_number"
     kind = leverage.get("type")
-    row["leverage_type"] = kind if kind in {"cross", "isolated"} else None
+    # Not a set: what is served may have no hash.
+    row["leverage_type"] = kind if kind in ("cross", "isolated") else None
     return {**row, "is_dirty": False}, None
 
 

@@ -98,7 +98,9 @@ class _Reader:
         while True:
             key = self.element()
             self.expect(":")
-            if key == name and not found:
+            if key == name:
+                if found:
+                    raise ValueError(f"the JSON object has {name} twice")
                 found = True
                 yield from self.elements()
             else:

@@ -10,7 +10,8 @@ select r.table_name as name, n.nspname as schema, c.relname as table, r.time_col
              where f.attrelid = c.oid and f.attnum > 0 and not f.attisdropped and f.attgenerated = ''
              order by f.attnum) as columns,
        r.partition_span is not null as partitioned,
-       c.oid = to_regclass('ingestion_runs') as is_ledger,
+       case c.oid when to_regclass('ingestion_runs') then 'expendable_runs'
+                  when to_regclass('wallet_universe_members') then 'expendable_members' end as expendable,
        case when c.oid is null then 'there is no such table'
             when c.relkind not in ('r', 'p') then 'this is no table'
             when a.attnum is null then format('there is no column %%I', r.time_column)
@@ -108,3 +109,7 @@ delete from {table} where {column} < {cut_off}::timestamptz and ctid = any (arra
     and (old.status not in ('ok', 'partial') or exists (select from ingestion_runs later
         where later.source = old.source and later.channel = old.channel and later.started_at > old.started_at
           and later.status in ('ok', 'partial'))))
+
+-- Not the universe that is watched, however long ago it was found.
+-- name: expendable_members
+old.run_id < (select max(success.run_id) from wallet_universe_runs success where success.status = 'success')

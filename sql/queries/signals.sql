@@ -5,17 +5,20 @@
 -- name: newest_window
 select date_bin('5 minutes', hlcli_now() - interval '2 minutes', 'epoch'),
        (select max(signal_ts) from signals where signal_ts <= hlcli_now()),
-       (select min(snapshot_ts) from wallet_snapshots), hlcli_now()
+       (select min(signal_ts) from signals), (select min(snapshot_ts) from wallet_snapshots), hlcli_now()
 
 -- The last clean position of each wallet and asset in each window. Snapshots lie on whole minutes, so a window has
--- five of a wallet: five maxima of one value each need no sort.
+-- five of a wallet: five maxima of one value each need no sort. Who left the universe within the window tells nothing
+-- in it: counted, it would stand in for one who came and could not be read.
 -- name: positions
 select asset, wallet_id, (extract(epoch from window_end) * 1000000)::bigint,
-       coalesce(max(clean) filter (where snapshot_ts = window_end),
-                max(clean) filter (where snapshot_ts = window_end - interval '1 minute'),
-                max(clean) filter (where snapshot_ts = window_end - interval '2 minutes'),
-                max(clean) filter (where snapshot_ts = window_end - interval '3 minutes'),
-                max(clean) filter (where snapshot_ts = window_end - interval '4 minutes')),
+       case when max(snapshot_ts) = max(max(snapshot_ts)) over (partition by asset, window_end) then
+            coalesce(max(clean) filter (where snapshot_ts = window_end),
+                     max(clean) filter (where snapshot_ts = window_end - interval '1 minute'),
+                     max(clean) filter (where snapshot_ts = window_end - interval '2 minutes'),
+                     max(clean) filter (where snapshot_ts = window_end - interval '3 minutes'),
+                     max(clean) filter (where snapshot_ts = window_end - interval '4 minutes'))
+       end,
        bool_or(is_dirty and position_szi is not null)
 from (
     select asset, wallet_id, snapshot_ts, case when not is_dirty then position_szi end as clean,

@@ -47,7 +47,7 @@ where before.rank is distinct from after.rank
 order by 1, after.rank, before.rank
 
 -- name: minute
-select date_trunc('minute', hlcli_now()), extract(epoch from hlcli_now() - date_trunc('minute', hlcli_now()))::float8
+select date_trunc('minute', now), extract(epoch from now - date_trunc('minute', now))::float8 from hlcli_now() now
 
 -- Wallets and the assets of which this minute has no known position yet, the best wallets first.
 -- name: lacking
@@ -136,7 +136,8 @@ on conflict (snapshot_ts, wallet_id, asset, anomaly_type) do nothing
 
 -- name: keep_health
 insert into ingest_health (health_ts, last_success_snapshot_ts, snapshot_status, coverage_pct, health_state, error)
-select %(minute)s, last_success_snapshot_ts, snapshot_status, coverage_pct, health_state, error from v_latest_health where last_snapshot_ts is not null
+select %(minute)s, last_success_snapshot_ts, snapshot_status, coverage_pct, health_state, error
+from v_latest_health where last_snapshot_ts is not null
 on conflict (health_ts) do update set last_success_snapshot_ts = excluded.last_success_snapshot_ts,
     snapshot_status = excluded.snapshot_status, coverage_pct = excluded.coverage_pct,
     health_state = excluded.health_state, error = excluded.error

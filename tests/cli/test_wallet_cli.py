@@ -108,7 +108,7 @@ def test_compute_is_silent_and_its_report_is_the_ledgers(cli, env, connection):
     assert told["channel"] == "hyperliquid/wallet_signals"
     assert told["run_id"] == str(second["run_id"])
     assert (told["numbers"]["unchanged"], told["numbers"]["units_ok"]) == (12, second["units_ok"])
-    assert told["details"]["windows_until"] == "2026-03-10T12:05:00Z"
+    assert told["details"]["newest_window"] == "2026-03-10T12:05:00Z"
     assert (told["details"]["windows"], told["details"]["alerts"]) == (2, 0)
     assert told["details"]["skipped"] == second["details"]["skipped"]
     assert sum(told["details"]["skipped"].values()) == 2
@@ -207,15 +207,15 @@ def test_show_is_the_newest_window_of_v2(cli, env, market):
     assert (done.returncode, done.stderr) == (0, "")
     *lines, alert = done.stdout.splitlines()
     assert [line.split("\t") for line in lines] == [
-        "time asset align trend disp exit z playbook risk wallets degraded".split(),
-        ["03-10 12:05", "BTC", "70.0", "flat", "-", "-", "-", "No-trade", "Reduced", "200", "-"],
+        "time asset v align trend disp exit z playbook risk degraded".split(),
+        ["03-10 12:05", "BTC", "v2", "70.0", "flat", "-", "-", "-", "No-trade", "Reduced", "-"],
         [
-            *("03-10 12:05", "ETH", "50.1", "flat", "-", "-", "-", "No-trade", "Reduced", "200"),
+            *("03-10 12:05", "ETH", "v2", "50.1", "flat", "-", "-", "-", "No-trade", "Reduced"),
             "4 of 5 snapshots; partial snapshots",
         ],
         [
-            *("03-10 12:05", "xyz:GOLD", "83.3", "rising", "12.1", "7.7", "-0.4"),
-            *("Long-only", "Normal", "199", "-"),
+            *("03-10 12:05", "xyz:GOLD", "v2", "83.3", "rising", "12.1", "7.7", "-0.4"),
+            *("Long-only", "Normal", "-"),
         ],
     ]
     assert alert == "03-10 12:00 medium: BTC: No-trade became Long-only"
@@ -228,7 +228,8 @@ def test_show_takes_assets_versions_a_time_and_a_limit(cli, env, market, connect
         return [(row["time"][-5:], row["asset"]) for row in shown(cli("signals", "show", *args, **env))]
 
     assert found("--asset", "xyz:GOLD", "--asset", "BTC") == [("12:05", "BTC"), ("12:05", "xyz:GOLD")]
-    assert found("--version", "all", "--asset", "BTC") == [("12:05", "BTC v1"), ("12:05", "BTC v2")]
+    both = shown(cli("signals", "show", "--version", "all", "--asset", "BTC", **env))
+    assert [(row["asset"], row["v"]) for row in both] == [("BTC", "v1"), ("BTC", "v2")]
     btc = [("12:05", "BTC"), ("12:00", "BTC"), ("11:55", "BTC")]
     assert found("--since", "2026-03-10T11:55:00Z", "--asset", "BTC") == btc
     assert found("--since", "2026-03-10", "--asset", "BTC", "--version", "v1", "--limit", "2") == btc[:2]

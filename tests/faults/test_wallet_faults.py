@@ -385,6 +385,51 @@ def test_all_wallets_failing_is_a_failed_minute_of_unknowns(take, sim, connectio
     ).fetchall() == [("stale", None)]
 
 
+@pytest.mark.parametrize("kind", [[], {}, ["cross"], {"cross": 1}, 5, True, None, "x" * 1000])
+def test_an_odd_kind_of_leverage_costs_nobody_his_position(take, sim, connection, wallets, kind):
+    def odd(answer):
+        for entry in answer["assetPositions"]:
+            entry["position"]["leverage"]["type"] = kind
+        return answer
+
+    sim.add_fault(Fault(STATE, "patch", times=None, address=wallets[0], patch=odd))
+    assert take().status == "ok"
+    expected = expected_snapshot(sim, wallets)
+    for (wallet, _), row in expected.items():
+        if wallet == wallets[0]:
+            row["leverage_type"] = None
+    assert stored_snapshots(connection) == expected
+
+
+@pytest.mark.parametrize("body", ["\0garbage", "\x1b[31mred", "\u202e"])
+def test_no_control_character_of_an_answer_reaches_the_tables(take, sim, connection, wallets, body):
+    sim.add_fault(
+        Fault(STATE, "replace", times=None, body=body, headers={"Content-Type": f"te\x1bxt/{body}"})
+    )
+    assert take().status == "failed"
+    (run,) = runs(connection, "wallet_snapshots")
+    (minute,) = minutes(connection)
+    assert (run["status"], run["exit_code"]) == ("failed", 4)
+    told = [
+        minute["error"],
+        run["error"],
+        *(row["missing_reason"] for row in stored_snapshots(connection).values()),
+    ]
+    assert all(text.isprintable() for text in told), told
+
+
+def test_large_payloads_are_cut_before_they_are_kept(take, sim, connection, wallets):
+    def large(answer):
+        found = {"coin": "BTC", "szi": "many", "note": "x" * 1_000_000}
+        return {**answer, "assetPositions": [{"position": found}]}
+
+    sim.add_fault(Fault(STATE, "patch", times=None, patch=large))
+    assert take(assets=["BTC"]).status == "failed"
+    lengths = connection.execute("select length(payload) from rejected_rows").fetchall()
+    assert len(lengths) == len(wallets)
+    assert all(length <= 20_100 for (length,) in lengths)
+
+
 def test_the_process_exits_3_and_4_by_coverage(cli, environment, clock, sim, connection, wallets):
     clock.set(0)
     for address in wallets[:2]:

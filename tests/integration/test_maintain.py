@@ -173,15 +173,32 @@ def test_only_rows_strictly_older_than_the_cut_off_are_deleted(run, connection):
     assert times(connection, "alerts", "alert_ts") == [cut_off, cut_off + MICROSECOND, NOW, NOW + DAY]
 
 
+def add_universe_run(connection):
+    return connection.execute(
+        "insert into wallet_universe_runs (as_of_ts, status, n_requested, duration_ms, ledger_run_id)"
+        " values (now(), 'success', 1, 1, gen_random_uuid()) returning run_id"
+    ).fetchone()[0]
+
+
+def test_the_members_of_the_universe_that_is_watched_stay_however_old(run, connection):
+    freeze(connection, NOW)
+    runs = [add_universe_run(connection) for _ in range(2)]
+    for n, run_id in enumerate(runs):
+        connection.execute(
+            "insert into wallet_universe_members (run_id, wallet_id, rank, month_pnl, as_of_ts)"
+            " values (%s, '0x' || lpad(%s::text, 40, '0'), 1, 1, %s)",
+            (run_id, n, NOW - timedelta(days=400)),
+        )
+    assert run().details["rows_deleted"] == {"wallet_universe_members": 1}
+    assert connection.execute("select run_id from wallet_universe_members").fetchall() == [(runs[1],)]
+
+
 def test_every_rule_of_the_schema_keeps_the_row_at_its_cut_off_and_removes_the_one_before(
     run, connection, rng
 ):
     freeze(connection, NOW)
     rules = dict(connection.execute("select table_name, keep from retention_rules").fetchall())
-    run_id = connection.execute(
-        "insert into wallet_universe_runs (as_of_ts, status, n_requested, duration_ms, ledger_run_id)"
-        " values (now(), 'success', 1, 1, gen_random_uuid()) returning run_id"
-    ).fetchone()[0]
+    run_id, _ = (add_universe_run(connection) for _ in range(2))
     insert = {
         "wallet_universe_members": "insert into wallet_universe_members (run_id, wallet_id, rank, month_pnl, as_of_ts)"
         f" select {run_id}, '0x' || lpad(%(n)s::text, 40, '0'), 1, 1, %(t)s",

@@ -34,7 +34,7 @@ from wallet_tables import (
     watch,
 )
 
-from hlcli.exitcodes import ExitCode, TemporaryError
+from hlcli.exitcodes import ConfigError, ExitCode, TemporaryError
 from hlcli.jobs.snapshot import Options, snapshot
 from hlcli.sim import Fault, Simulator
 
@@ -133,21 +133,45 @@ def test_assets_of_a_builders_dex_are_asked_there_and_stored_with_their_dex(take
     assert sorted(asked(sim)) == sorted(2 * wallets)
 
 
-def test_the_assets_of_the_command_line_win_over_the_settings(
+def test_the_assets_of_the_command_line_come_beside_those_of_the_settings(
     cli, environment, clock, sim, connection, wallets
 ):
     clock.set(0)
     args = ("snapshot", "--asset", "xyz:GOLD", "--asset", "ETH", "--asset", "xyz:GOLD")
     done = cli(*args, **environment, HLCLI_ASSETS="BTC")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert stored_snapshots(connection) == expected_snapshot(sim, wallets, ("xyz:GOLD", "ETH"))
+    assert stored_snapshots(connection) == expected_snapshot(sim, wallets, ("BTC", "xyz:GOLD", "ETH"))
     assert_minutes_add_up(connection)
 
 
-def test_an_unknown_dex_is_written_as_flat_only_because_the_exchange_says_so(take, sim, connection, wallets):
-    """The exchange answers for a dex that it does not know as for an empty account."""
-    take(assets=["nodex:GOLD"])
+@pytest.mark.parametrize("name", ["btc", "NOPE", "nodex:GOLD", "xyz:gold"])
+def test_a_coin_that_the_exchange_does_not_list_is_not_written_as_flat(
+    take, sim, connection, wallets, caplog, name
+):
+    report = take(assets=["BTC", name])
+    assert (report.status, report.details["coverage_pct"]) == ("ok", "100.00")
+    assert stored_snapshots(connection) == expected_snapshot(sim, wallets, ("BTC",))
+    assert f"the exchange lists no {name}" in caplog.text
+
+
+def test_no_listed_coin_at_all_is_a_matter_of_configuration(take, connection, wallets):
+    with pytest.raises(ConfigError, match="lists no HPYE or btc"):
+        take(assets=["btc", "HPYE"])
+    assert stored_snapshots(connection) == {}
+    assert minutes(connection) == []
+
+
+def test_a_listed_coin_that_nobody_holds_is_flat_for_all(take, sim, connection, wallets):
+    sim.add_fault(Fault(STATE, "patch", times=None, patch=lambda answer: {**answer, "assetPositions": []}))
+    assert take(assets=["BTC"]).status == "ok"
     assert {row["position_szi"] for row in stored_snapshots(connection).values()} == {"0"}
+    assert sim.count("allMids") == 1
+
+
+def test_coins_are_believed_when_their_list_cannot_be_had(take, sim, connection, wallets):
+    sim.add_fault(Fault("allMids", "status", times=None, status=503))
+    assert take(assets=["BTC", "NOPE"]).status == "ok"
+    assert len(stored_snapshots(connection)) == 2 * len(wallets)
 
 
 def test_a_wallet_with_one_dex_unknown_has_failed_and_keeps_the_other_dex(take, sim, connection, wallets):
@@ -241,7 +265,11 @@ def test_a_second_run_in_the_minute_adds_no_row_and_asks_nothing(take, sim, conn
     first = minutes(connection)
     requests = sim.count()
     report = take(second=20)
-    assert (report.status, report.details["already_done"], report.numbers["served"]) == ("ok", True, 0)
+    assert (report.status, report.details["already_done"], report.numbers["served"]) == (
+        "ok",
+        "the whole minute",
+        0,
+    )
     assert connection.execute(f"select s.*, s.xmin from {SNAPSHOTS} s order by 2, 3").fetchall() == before
     assert minutes(connection) == first
     assert sim.count() == requests

@@ -292,7 +292,7 @@ def test_show_lists_the_universe_a_run_and_what_changed(cli, refresh, settings, 
     done = cli("universe", "show", **environment)
     assert (done.returncode, done.stderr) == (0, "")
     head, *lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert head == ["rank", "wallet", "pnl 30d", "roi 30d", "account value", "name"]
+    assert head == ["rank", "wallet", "pnl 30d", "roi 30d", "account", "name"]
     assert [line[1] for line in lines] == current(connection)
     assert lines[0] == ["1", addresses([1])[0], "1,000", "25.0 %", "1,000", "-"]
 
@@ -328,9 +328,9 @@ def test_show_lists_the_universe_a_run_and_what_changed(cli, refresh, settings, 
 
 def test_show_without_a_universe_names_the_cure(cli, settings, environment):
     done = cli("universe", "show", **environment)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1)
     assert "hlcli universe refresh" in done.stderr
-    with pytest.raises(UsageError, match="no such run"):
+    with pytest.raises(UsageError, match="there is no run 77"):
         read_universe(settings(), run_id=77)
 
 
@@ -377,7 +377,7 @@ def test_no_name_reaches_a_terminal_raw(refresh, environment, sim, connection, t
     # Stored as it came, whatever it is.
     assert [row["display_name"] for row in stored_universe(connection)] == NAMES
     assert rejected(connection) == []
-    code, shown = on_terminal(["universe", "show", *args], environment, tmp_path)
+    code, shown = on_terminal(["universe", "show", *args], {**environment, "COLUMNS": "100"}, tmp_path)
     assert code == 0
     assert "markup" in shown
     assert "[red]" in shown

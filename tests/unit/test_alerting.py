@@ -24,10 +24,10 @@ def signal(n, playbook="N", z=None, *, asset="HYPE", r=10, missing=0.0):
 
 
 def run(signals, states=None, *, age=timedelta(minutes=1)):
-    """Evaluate three minutes after the last window; `age`: of the last snapshot then, None: there never was one."""
+    """Evaluate three minutes after the last window; `age`: of the last usable snapshot then."""
     signals = list(signals)
     now = max((each.signal_ts for each in signals), default=T) + timedelta(minutes=3)
-    return evaluate(states or {}, signals, now=now, last_snapshot=None if age is None else now - age)
+    return evaluate(states or {}, signals, now=now, last_snapshot=now - age)
 
 
 def told(alerts):
@@ -240,7 +240,6 @@ SECONDS = timedelta(seconds=1)
         (600 * SECONDS, False),
         (600 * SECONDS + timedelta(microseconds=1), True),
         (3600 * SECONDS, True),
-        (None, True),
     ],
 )
 def test_the_system_is_stale_after_more_than_600_seconds(age, stale):
