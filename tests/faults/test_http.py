@@ -694,6 +694,12 @@ def test_the_runs_deadline_beats_the_wait_before_a_retry(sim, clock, status, rai
     assert (sim.asked, clock.sleeps) == (1, [])
 
 
+def test_a_run_that_ends_while_waiting_tells_why_it_waited(sim, clock):
+    sim.fault("status", status=503, times=None)
+    with pytest.raises(StatusError, match="HTTP 503"):
+        sim.post(HttpClient(deadline=clock.monotonic() + 0.001 + hlcli.http.BACKOFF_BASE_S))
+
+
 def test_nothing_is_sent_after_the_runs_deadline(sim):
     with pytest.raises(DeadlineError):
         sim.post(HttpClient(deadline=time.monotonic() - 1))

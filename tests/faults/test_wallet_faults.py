@@ -40,6 +40,7 @@ from wallet_tables import (
     watch,
 )
 
+from hlcli.budget import DeadlineError
 from hlcli.exitcodes import ExitCode, TemporaryError
 from hlcli.jobs.refresh_universe import Options as UniverseOptions
 from hlcli.jobs.refresh_universe import refresh_universe
@@ -97,11 +98,27 @@ BROKEN_LISTS = {
     "rows of null": {"kind": "replace", "body": '{"leaderboardRows":null}'},
     "rows as an object": {"kind": "replace", "body": '{"leaderboardRows":{"a":1}}'},
     "rows that are none": {"kind": "replace", "body": '{"leaderboardRows":[1,null,"x",[],{}]}'},
+    "rows twice": {
+        "kind": "replace",
+        "body": board([listed(1, "1")])[:-1] + "," + board([listed(2, "1")])[1:],
+    },
     "rows and something after them": {"kind": "replace", "body": board([listed(1, "1")]) + "}"},
     "nested deeply": {"kind": "deep"},
     "an integer of 5000 digits": {"kind": "bigint"},
     "reset": {"kind": "reset"},
 }
+
+
+def test_reading_a_leaderboard_ends_at_the_deadline(refresh, sim, connection):
+    row = '{"ethAddress":"x","junk":[' + "[]," * 300_000 + "[]]}"
+    body = '{"leaderboardRows":[' + ",".join([row] * 60) + "]}"
+    refresh()
+    sim.add_fault(Fault(LEADERBOARD, "replace", times=None, body=body))
+    # Read to its end it would be refused as a list without a wallet.
+    with pytest.raises(DeadlineError, match="time is up"):
+        refresh(deadline=timedelta(seconds=1))
+    run = universe_runs(connection)[-1]
+    assert (run["status"], run["error"]) == ("failed", "the run's time is up")
 
 
 @pytest.mark.parametrize("fault", BROKEN_LISTS.values(), ids=BROKEN_LISTS)

@@ -1,4 +1,4 @@
-"""`hlcli signals compute` on a real database: windows, locks, recomputing, catching up, alerts, kills (F13, F29).
+"""`hlcli signals compute` on a real database: windows, locks, recomputing, catching up, alerts, kills (F1, F18, F19).
 
 Most tests fill wallet_snapshots themselves and let the database's clock stand still: T is the newest window.
 """
@@ -539,6 +539,32 @@ def test_empty_tables_are_no_error(compute, connection):
     assert everything(connection)["signals"] == []
     found = connection.execute("select alert_ts, asset, alert_type, message from alerts").fetchall()
     assert found == [], "what never ran has not stopped"
+
+
+def test_who_left_the_universe_is_not_counted_for_who_came_and_could_not_be_read(compute, connection):
+    put(connection, QUIET, after=T - 2 * FIVE)
+    # In the middle of the window three wallets make way for three that cannot be read.
+    moved = {"since": T - 2 * MINUTE, "old": [wallet(n) for n in (1, 2, 3)]}
+    connection.execute(
+        "update wallet_snapshots set wallet_id = '0xff' || substr(wallet_id, 5), position_szi = null,"
+        " missing_reason = 'timeout', is_dirty = true, dirty_reason = 'null_szi'"
+        " where snapshot_ts > %(since)s and wallet_id = any (%(old)s)",
+        moved,
+    )
+    compute(at=T)
+    columns = "wallet_count, missing_count, allowed_playbook, degraded_reason"
+    assert rows_of(connection, columns) == [(17, 3, "No-trade", "10 % or more missing")]
+
+
+def test_signals_computed_from_a_whole_day_outlive_its_snapshots(compute, connection):
+    put(connection, "case when w %% 2 = 0 then 100 else 1 end", after=T - DAY - 6 * FIVE)
+    compute(since=T - DAY - 6 * FIVE)
+    before = everything(connection)["signals"]
+    connection.execute("delete from wallet_snapshots where snapshot_ts < %s", (T - timedelta(hours=10),))
+    compute(since=T - 2 * DAY)
+    assert everything(connection, without=("computation_ms",))["signals"] == [
+        {name: value for name, value in row.items() if name != "computation_ms"} for row in before
+    ]
 
 
 # --- alerts -------------------------------------------------------------------------------------------------------

@@ -85,6 +85,12 @@ def everything(connection):
 # --- taken --------------------------------------------------------------------------------------------------------
 
 
+def test_the_size_of_the_universe_lasts(refresh, sim, connection):
+    refresh(15)
+    assert refresh(None).details["wallets"] == 15
+    assert current(connection) == sim.wallets.top(15)
+
+
 @pytest.mark.parametrize("size", [1, 20, 120])
 def test_the_universe_is_the_simulators_own_ranking_digit_for_digit(refresh, sim, connection, size):
     report = refresh(size)
