@@ -26,6 +26,7 @@ from hlcli import settings as settings_module
 from hlcli.settings import Settings
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+Spawn = Callable[..., "subprocess.Popen[str]"]
 
 _SEED = int(os.environ.get("HLCLI_SEED") or random.SystemRandom().randrange(2**32))
 # What would make a test depend on whoever runs it.
@@ -154,6 +155,31 @@ def cli(tmp_path: Path) -> Cli:
         )
 
     return run
+
+
+@pytest.fixture
+def spawn(database: str, tmp_path: Path) -> Iterator[Spawn]:
+    """Start `hlcli ...` on `database` as a process that runs on: spawn("maintain", NAME="value"); none outlives the test."""
+    started = []
+
+    def run(*args: str, **env: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hlcli", *args],
+            env={**os.environ, "DATABASE_URL": database, "HL_EGRESS_KEY": "test", **env},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
 
 
 @pytest.fixture

@@ -21,6 +21,14 @@ MINUTE_MS = 1_793_000_040_000
 MINUTE = datetime.fromtimestamp(MINUTE_MS / 1000, UTC)
 
 
+def freeze(connection, moment):
+    """Let the database's clock stand still: a limit can then be met to the microsecond."""
+    connection.execute(
+        "create or replace function hlcli_now() returns timestamptz language sql volatile"
+        f" as $$ select timestamptz '{moment.isoformat()}' $$"
+    )
+
+
 class Clock:
     """Sets the clocks of the database and of the exchange to so many minutes after MINUTE."""
 

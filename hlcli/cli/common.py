@@ -71,6 +71,11 @@ def duration(text: str | timedelta) -> timedelta:
     return timedelta(seconds=min(seconds, 10 * 365 * 86400))
 
 
+def duration_option(told: str) -> Any:
+    """An option that is a duration; `told` says what for, and the default, which Typer would print as 0:50:00."""
+    return typer.Option(parser=duration, metavar="DURATION", help=told, show_default=False)
+
+
 def moment(text: str) -> datetime:
     """An ISO 8601 time; without an offset it is UTC."""
     try:

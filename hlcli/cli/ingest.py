@@ -33,12 +33,7 @@ def vaults(
     ] = None,
     deadline: Annotated[
         timedelta,
-        typer.Option(
-            parser=common.duration,
-            metavar="DURATION",
-            help="Stop asking after this time. Default: 50m.",
-            show_default=False,
-        ),
+        common.duration_option("Stop asking after this time. Default: 50m."),
     ] = timedelta(minutes=50),
     accept_short_list: Annotated[
         bool, typer.Option("--accept-short-list", help="Take a list that lost over a fifth of its vaults.")

@@ -21,12 +21,7 @@ def _group() -> None:
 def vaults(
     max_age: Annotated[
         timedelta,
-        typer.Option(
-            parser=common.duration,
-            metavar="DURATION",
-            help="Leave out vaults with older metrics. Default: 6h.",
-            show_default=False,
-        ),
+        common.duration_option("Leave out vaults with older metrics. Default: 6h."),
     ] = timedelta(hours=6),
     fail_if_locked: common.FailIfLocked = False,
     as_json: common.Json = False,

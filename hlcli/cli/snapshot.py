@@ -22,21 +22,11 @@ def snapshot(
     concurrency: Annotated[int, typer.Option(min=1, max=32, help="Requests under way at once.")] = 8,
     timeout: Annotated[
         timedelta,
-        typer.Option(
-            parser=common.duration,
-            metavar="DURATION",
-            help="For one request. Default: 10s.",
-            show_default=False,
-        ),
+        common.duration_option("For one request. Default: 10s."),
     ] = timedelta(seconds=10),
     deadline: Annotated[
         timedelta,
-        typer.Option(
-            parser=common.duration,
-            metavar="DURATION",
-            help="Stop asking so long after the minute began. Default: 50s.",
-            show_default=False,
-        ),
+        common.duration_option("Stop asking so long after the minute began. Default: 50s."),
     ] = timedelta(seconds=50),
     batch: Annotated[
         int,

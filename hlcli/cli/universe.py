@@ -31,12 +31,7 @@ def refresh(
     ] = None,
     deadline: Annotated[
         timedelta,
-        typer.Option(
-            parser=common.duration,
-            metavar="DURATION",
-            help="Give up after this time. Default: 10m.",
-            show_default=False,
-        ),
+        common.duration_option("Give up after this time. Default: 10m."),
     ] = timedelta(minutes=10),
     accept_short_list: Annotated[
         bool, typer.Option("--accept-short-list", help="Take a leaderboard that lost over half its wallets.")

@@ -174,10 +174,8 @@ def _alert(unit: Unit) -> int:
     row = connection.execute(query("signals", "last_usable")).fetchone()
     assert row is not None
     last_snapshot, now = row
-    if (
-        last_snapshot is None
-    ):  # nothing was ever snapshot, or for longer than runs are kept: nothing new to say
-        return 0
+    if last_snapshot is None:
+        return 0  # there never was a snapshot, or not for as long as runs are kept: nothing new to say
     seen = [state.last_evaluated_ts for key, state in states.items() if key[1] != alerting.STALE]
     after = min((each for each in seen if each), default=None)
     found = connection.execute(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hlcli import migrations
 from hlcli.exitcodes import TemporaryError, UsageError
@@ -66,6 +66,15 @@ class _Outcome:
     error: str | None = None
 
 
+class _Last(NamedTuple):
+    """The last success, as the query last_universe tells it."""
+
+    n_requested: int
+    n_listed: int
+    source: str
+    churn_warning_count: int
+
+
 def refresh_universe(settings: Settings, options: Options) -> Report:
     """Replace the universe by the best wallets of today's leaderboard: run, members and current set in one transaction.
 
@@ -77,14 +86,15 @@ def refresh_universe(settings: Settings, options: Options) -> Report:
 
     def work(job: Job) -> None:
         run = job.run
-        last = run.connection.execute(query("wallets", "last_universe")).fetchone()
-        size = options.size or (last[1] if last else FIRST_SIZE)
+        row = run.connection.execute(query("wallets", "last_universe")).fetchone()
+        last = _Last(*row) if row else None
+        size = options.size or (last.n_requested if last else FIRST_SIZE)
         outcome = _Outcome(as_of_ts=run.started_at, n_requested=size, ledger_run_id=run.run_id)
         try:
             with job.client(deadline=options.deadline) as client:
                 board = _fetch(client, job, outcome)
             with run.unit() as unit:
-                _replace(job, unit, board, outcome, options)
+                _replace(job, unit, board, last, outcome, options)
         except TemporaryError as error:
             outcome.status, outcome.error = "failed", one_line(error)
             with run.unit() as unit:
@@ -111,19 +121,21 @@ def _fetch(client: HttpClient, job: Job, outcome: _Outcome) -> Leaderboard:
     return board
 
 
-def _replace(job: Job, unit: Unit, board: Leaderboard, outcome: _Outcome, options: Options) -> None:
+def _replace(
+    job: Job, unit: Unit, board: Leaderboard, last: _Last | None, outcome: _Outcome, options: Options
+) -> None:
     import polars as pl
 
     connection, run = unit.connection, job.run
-    last = connection.execute(query("wallets", "last_universe")).fetchone()
     before = {wallet for (wallet,) in connection.execute(query("wallets", "universe"))}
     now = set(board.wallets["wallet_id"])
     outcome.entered_count, outcome.exited_count = len(now - before), len(before - now)
-    _refuse_short(board, outcome, last and (last[2] if last[3] == outcome.source else 0), options)
+    last_listed = last.n_listed if last and last.source == outcome.source else 0
+    _refuse_short(board, outcome, last_listed, options)
     # The first universe, or one of another size, is no churn.
     churn = (outcome.entered_count + outcome.exited_count) / outcome.n_requested
-    if last and last[1] == outcome.n_requested and churn > CHURN_WARNING:
-        outcome.churn_warning_count = last[4] + 1
+    if last and last.n_requested == outcome.n_requested and churn > CHURN_WARNING:
+        outcome.churn_warning_count = last.churn_warning_count + 1
         _refuse_churn(churn, outcome, options)
     outcome.status = "success"
     row = connection.execute(query("wallets", "begin_universe_run"), asdict(outcome)).fetchone()
@@ -145,13 +157,13 @@ def _replace(job: Job, unit: Unit, board: Leaderboard, outcome: _Outcome, option
     )
 
 
-def _refuse_short(board: Leaderboard, outcome: _Outcome, last_listed: int | None, options: Options) -> None:
+def _refuse_short(board: Leaderboard, outcome: _Outcome, last_listed: int, options: Options) -> None:
     if outcome.n_received < outcome.n_requested * LEAST_SHARE_RECEIVED:
         raise BadPayloadError(
             f"the leaderboard has {outcome.n_received} usable wallets, {outcome.n_requested} were asked for: "
             "refused, the universe stays as it was"
         )
-    if board.listed < (last_listed or 0) * LEAST_SHARE_OF_LAST_LIST and not options.accept_short_list:
+    if board.listed < last_listed * LEAST_SHARE_OF_LAST_LIST and not options.accept_short_list:
         raise BadPayloadError(
             f"the leaderboard has {board.listed} wallets, the last one had {last_listed}: refused, "
             "the universe stays as it was (--accept-short-list takes it)"

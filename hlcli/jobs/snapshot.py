@@ -35,7 +35,6 @@ LATEST_START = 0.7
 # Everybody is asked once; who failed is asked again while there is time, so that a slow wallet holds up no other.
 ROUNDS = 4
 CLOCKS_APART = timedelta(minutes=2)
-VERDICTS = {"success": "ok", "partial": "partial", "failed": "failed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,7 +279,7 @@ def _store(
             units_ok=len({question.wallet_id for question in asked}) - len(unread),
             units_failed=len(unread),
         )
-    job.verdict = VERDICTS[status]
+    job.verdict = "ok" if status == "success" else status
     job.report.details.update(
         wallets=expected, wallets_failed=failed, coverage_pct=str(coverage_pct), found_dirty=marked[0]
     )

@@ -1,5 +1,5 @@
 -- name: last_universe
-select run_id, n_requested, n_listed, source, churn_warning_count from wallet_universe_runs
+select n_requested, n_listed, source, churn_warning_count from wallet_universe_runs
 where status = 'success' order by run_id desc limit 1
 
 -- name: universe

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -38,35 +35,13 @@ def sim():
 
 
 @pytest.fixture
-def start(database, sim, tmp_path):
-    """Start `hlcli ingest vaults` as a process, in a session of its own; nothing outlives the test."""
-    started = []
+def start(spawn, sim):
+    """Start `hlcli ingest vaults` as a process."""
 
     def run(*args, **env):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hlcli", "ingest", "vaults", *args],
-            env={
-                **os.environ,
-                "DATABASE_URL": database,
-                "HL_EGRESS_KEY": "test",
-                **PLENTY,
-                **sim.env(),
-                **env,
-            },
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+        return spawn("ingest", "vaults", *args, **{**PLENTY, **sim.env(), **env})
 
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    return run
 
 
 class Gate:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -630,21 +627,12 @@ def alone(connection):
 
 
 @pytest.fixture
-def killed(environment, sim, connection, tmp_path, rng):
+def killed(spawn, environment, sim, connection, rng):
     """Start a command and kill it at a random request of `most`, or a little later; True if it was still alive."""
-    started = []
 
     def run(*args, most):
         goal = sim.count() + rng.randrange(1, most + 1)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hlcli", *args],
-            env={**os.environ, **environment},
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        started.append(process)
+        process = spawn(*args, **environment)
         until(lambda: sim.count() >= goal or process.poll() is not None, "a request")
         # So that the commit is hit as well.
         time.sleep(rng.choice((0, rng.uniform(0, 0.2))))
@@ -653,11 +641,7 @@ def killed(environment, sim, connection, tmp_path, rng):
         alone(connection)
         return process.returncode == -signal.SIGKILL
 
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    return run
 
 
 def kill_snapshots(killed, take, clock, sim, connection, wallets, kills):

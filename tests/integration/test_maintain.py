@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import psycopg
 import pytest
 from vault_tables import assert_ledger_adds_up, assert_nothing_left, dump, runs
+from wallet_tables import freeze
 
 from hlcli.exitcodes import ExitCode
 from hlcli.jobs import maintain as job
@@ -38,36 +37,9 @@ def run(settings, connection):
 
 
 @pytest.fixture
-def start(database, tmp_path):
-    """Start `hlcli maintain` as a process; nothing outlives the test."""
-    started = []
-
-    def go():
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hlcli", "maintain"],
-            env={**os.environ, "DATABASE_URL": database, "HL_EGRESS_KEY": "test"},
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield go
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def freeze(connection, moment):
-    """Let the database's clock stand still: a cut-off can then be met to the microsecond."""
-    connection.execute(
-        "create or replace function hlcli_now() returns timestamptz language sql volatile"
-        f" as $$ select timestamptz '{moment.isoformat()}' $$"
-    )
+def start(spawn):
+    """Start `hlcli maintain` as a process."""
+    return partial(spawn, "maintain")
 
 
 def only(connection, *tables):

@@ -6,18 +6,17 @@ Most tests fill wallet_snapshots themselves and let the database's clock stand s
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 
 import psycopg
 import pytest
 import signal_oracle
 from vault_tables import PLENTY, assert_ledger_adds_up, assert_nothing_left, dump, runs
+from wallet_tables import freeze
 
 from hlcli.exitcodes import ExitCode, LockedError, UsageError
 from hlcli.jobs import refresh_universe, snapshot
@@ -32,14 +31,6 @@ NOW = T + LAG + timedelta(seconds=30)
 TABLES = ("signals", "signal_contributors", "alerts", "alert_state")
 QUIET = "100"
 WALLETS = 20
-
-
-def freeze(connection, moment):
-    """Let the database's clock stand still."""
-    connection.execute(
-        "create or replace function hlcli_now() returns timestamptz language sql volatile"
-        f" as $$ select timestamptz '{moment.isoformat()}' $$"
-    )
 
 
 def put(connection, size, *, after, until=T, assets=("BTC",), wallets=WALLETS):
@@ -837,28 +828,9 @@ def test_recent_alerts_are_the_days_five_newest_trouble_with_the_data_first(conn
 
 
 @pytest.fixture
-def start(database, tmp_path):
-    """Start `hlcli signals compute` as a process; nothing outlives the test."""
-    started = []
-
-    def run(*args):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hlcli", "signals", "compute", *args],
-            env={**os.environ, "DATABASE_URL": database, "HL_EGRESS_KEY": "test"},
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+def start(spawn):
+    """Start `hlcli signals compute` as a process."""
+    return partial(spawn, "signals", "compute")
 
 
 def until(condition, what, seconds=45):
