@@ -926,8 +926,8 @@ def test_what_the_wallets_of_the_exchange_did_is_what_is_stored(settings, market
     """Universe, a quarter of an hour of snapshots, signals: against the exchange's own positions and the reference."""
     size = 24
     made = settings(**market.env(), **PLENTY, HLCLI_ASSETS=",".join(ASSETS))
-    end = datetime.now(UTC).replace(second=0, microsecond=0) - timedelta(hours=3)
-    end -= timedelta(minutes=end.minute % 5)
+    # A fixed moment: what the simulated crowd does follows from the clock, and not at every time is all of it at work.
+    end = datetime(2026, 10, 26, 7, 20, tzinfo=UTC)
 
     def clock(moment):
         """Shift the exchange's clock and that of the database for every connection that is opened from now on."""
