@@ -91,5 +91,12 @@ def progress(total: int | None, label: str, unit: str) -> tqdm[Any]:
     from tqdm import tqdm
 
     return tqdm(
-        total=total, desc=label, unit=unit, disable=None, file=sys.stderr, dynamic_ncols=True, leave=False
+        total=total,
+        desc=label,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=None,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        leave=False,
     )

@@ -39,6 +39,22 @@ class Settings:
     """An extra cap in requests, for whoever wants to be politer than the published limit."""
     hl_egress_key: str
     """Whose budget this process spends: equal on all hosts behind one public address."""
+    aws_region: str
+    """Of the bucket of TWAP statuses; credentials are boto3's own business."""
+    aws_s3_bucket: str
+    aws_s3_prefix: str
+    aws_request_payer: str
+    """Always "requester": the buckets serve nobody else."""
+    aws_endpoint_url_s3: str | None
+    """Another S3 than Amazon's."""
+    hl_fills_s3_bucket: str
+    hl_fills_s3_prefix: str
+    hl_fills_s3_region: str
+    api_host: str
+    """Where `hlcli serve` listens."""
+    api_port: int
+    api_token: str | None
+    """What clients of `hlcli serve` must show, where it is set."""
     hlcli_assets: tuple[str, ...]
     """The coins whose positions are watched; `dex:COIN` for a builder-deployed market."""
     hlcli_ping_url: str | None
@@ -103,8 +119,31 @@ def from_env(env: Mapping[str, str]) -> Settings:
     log_format = text("HLCLI_LOG_FORMAT", "text")
     if log_format not in {"text", "json"}:
         raise ConfigError("HLCLI_LOG_FORMAT must be text or json")
+
+    def bucket(name: str, default: str) -> str:
+        value = text(name, default)
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
+            raise ConfigError(f"{name} is no name of an S3 bucket")
+        return value
+
+    def region(name: str, default: str) -> str:
+        value = text(name, default)
+        if not re.fullmatch(r"[a-z0-9-]{1,40}", value):
+            raise ConfigError(f"{name} is no AWS region")
+        return value
+
+    def prefix(name: str, default: str) -> str:
+        value = text(name, default)
+        if len(value) > 500 or not value.isprintable():
+            raise ConfigError(f"{name} must be at most 500 printable characters")
+        return value
+
     weight = count("HL_API_WEIGHT_PER_MINUTE", 1200, 20, 1_000_000)
+    api_port = count("API_PORT", 8000, 1, 65535)
     assert weight is not None
+    assert api_port is not None
+    if text("AWS_REQUEST_PAYER", "requester") != "requester":
+        raise ConfigError('AWS_REQUEST_PAYER must be "requester": the buckets serve nobody else')
     database_url = text("DATABASE_URL") or None
     egress_key = text("HL_EGRESS_KEY", socket.gethostname())
     if len(egress_key) > 200 or not egress_key.isprintable():
@@ -129,6 +168,17 @@ def from_env(env: Mapping[str, str]) -> Settings:
         hl_api_weight_per_minute=weight,
         hl_api_requests_per_minute=count("HL_API_REQUESTS_PER_MINUTE", None, 1, 1_000_000),
         hl_egress_key=egress_key,
+        aws_region=region("AWS_REGION", "us-east-1"),
+        aws_s3_bucket=bucket("AWS_S3_BUCKET", "artemis-hyperliquid-data"),
+        aws_s3_prefix=prefix("AWS_S3_PREFIX", "raw/twap_statuses/"),
+        aws_request_payer="requester",
+        aws_endpoint_url_s3=url("AWS_ENDPOINT_URL_S3", "") if text("AWS_ENDPOINT_URL_S3") else None,
+        hl_fills_s3_bucket=bucket("HL_FILLS_S3_BUCKET", "hl-mainnet-node-data"),
+        hl_fills_s3_prefix=prefix("HL_FILLS_S3_PREFIX", "node_fills_by_block/hourly/"),
+        hl_fills_s3_region=region("HL_FILLS_S3_REGION", "ap-northeast-1"),
+        api_host=text("API_HOST", "127.0.0.1"),
+        api_port=api_port,
+        api_token=text("API_TOKEN") or None,
         hlcli_assets=assets_of(text("HLCLI_ASSETS", "HYPE,BTC,ETH")),
         hlcli_ping_url=ping_url,
         hlcli_log_format=log_format,

@@ -12,12 +12,14 @@ from hlcli.cli import (
     common,
     database,
     demo,
+    fills,
     ingest,
     maintain,
     rank,
     signals,
     snapshot,
     status,
+    twap,
     universe,
 )
 from hlcli.exitcodes import MEANINGS
@@ -71,6 +73,8 @@ app.add_typer(rank.app, name="rank")
 app.add_typer(universe.app, name="universe")
 app.command("snapshot", epilog=snapshot.EPILOG)(snapshot.snapshot)
 app.add_typer(signals.app, name="signals")
+app.add_typer(twap.app, name="twap")
+app.add_typer(fills.app, name="fills")
 app.command("maintain", epilog=maintain.EPILOG)(maintain.maintain)
 app.command("status", epilog=status.EPILOG)(status.status)
 app.add_typer(database.app, name="db")

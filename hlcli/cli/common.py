@@ -155,6 +155,8 @@ def _summary(report: Report) -> None:
             value = f"{value:%Y-%m-%d %H:%MZ}"  # noqa: PLW2901
         elif isinstance(value, int):
             value = f"{value:,}"  # noqa: PLW2901
+        elif isinstance(value, list):
+            value = "".join(f"\n    {output.printable(each)}" for each in value) or "none"  # noqa: PLW2901
         print(f"  {name.replace('_', ' ')}: {value}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any, LiteralString, TypeVar
@@ -21,11 +21,11 @@ from hlcli import migrations, output
 from hlcli.exitcodes import ConfigError, ExitCode
 from hlcli.jobs import Job, Report, run_job
 from hlcli.ledger import Channel
-from hlcli.logs import log
+from hlcli.logs import log, one_line
 from hlcli.sqlfiles import query
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from psycopg import Connection
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 CHANNEL = Channel("hlcli", "maintenance", timedelta(days=1), "hlcli maintain", "23 3 * * *")
 BATCH_ROWS = 10_000
 SPANS_AHEAD = 3
+# A history that came in before its partitions is sorted into them by and by.
+MOST_ASTRAY = 100
 # A lock that is waited for stops everybody who comes after; so no lock is waited for long.
 LOCK_TIMEOUT = "5s"
 # What one rule or one step may meet without harm to the others.
@@ -50,8 +52,8 @@ class Rule:
     schema: str
     table: str
     column: str
-    cut_off: str
-    """Rows from before this go; a row of this very moment stays."""
+    cut_off: str | None
+    """Rows from before this go; a row of this very moment stays. None: none go."""
     oid: int
     default_schema: str | None
     default_table: str | None
@@ -196,32 +198,84 @@ def _attempt(job: Job, unit_name: str, step: Callable[[Connection[Any]], Result]
 
 def _plan(connection: Connection[Any], name: str) -> Plan:
     """Look at one rule. Raises ConfigError for one that cannot be followed."""
-    rule = next(iter(_found(connection, Rule, sql.SQL(query("maintain", "rule")), {"name": name})), None)
-    if rule is None:
-        raise ConfigError("the rule was removed meanwhile")
-    if rule.unfit:
-        raise ConfigError(rule.unfit)
+    rule = _rule(connection, name)
     missing: list[Span] = []
     outlived: list[Outlived] = []
     if rule.partitioned:
-        partitions = sql.SQL(query("maintain", "partitions"))
-        values = {
-            "oid": rule.oid,
-            "name": rule.name,
-            "table": rule.table,
-            "ahead": SPANS_AHEAD,
-            "cut_off": rule.cut_off,
-        }
-        statement = sql.SQL(query("maintain", "missing")).format(partitions=partitions)
-        missing = _found(connection, Span, statement, values)
-        statement = sql.SQL(query("maintain", "outlived")).format(partitions=partitions)
-        outlived = _found(connection, Outlived, statement, values)
+        missing = _missing(connection, rule)
+        for (lower,) in _astray(connection, rule):
+            missing += [span for span in _missing(connection, rule, lower, lower) if span not in missing]
+        statement = sql.SQL(query("maintain", "outlived")).format(
+            partitions=sql.SQL(query("maintain", "partitions"))
+        )
+        outlived = _found(connection, Outlived, statement, {"oid": rule.oid, "cut_off": rule.cut_off})
     old_rows = 0
     if rule.cleared is not None:
         row = connection.execute(_on_old_rows("count_old", rule)).fetchone()
         assert row is not None
         old_rows = row[0]
     return Plan(rule, missing, outlived, old_rows)
+
+
+def _rule(connection: Connection[Any], name: str) -> Rule:
+    rule = next(iter(_found(connection, Rule, sql.SQL(query("maintain", "rule")), {"name": name})), None)
+    if rule is None:
+        raise ConfigError("the rule was removed meanwhile")
+    if rule.unfit:
+        raise ConfigError(rule.unfit)
+    return rule
+
+
+def _missing(
+    connection: Connection[Any], rule: Rule, first: datetime | None = None, last: datetime | None = None
+) -> list[Span]:
+    """The spans from that of one moment to that of another that have no partition; by default from now on."""
+    statement = sql.SQL(query("maintain", "missing")).format(
+        partitions=sql.SQL(query("maintain", "partitions"))
+    )
+    values = {
+        "oid": rule.oid,
+        "name": rule.name,
+        "table": rule.table,
+        "ahead": SPANS_AHEAD,
+        "first": first,
+        "last": last,
+    }
+    return _found(connection, Span, statement, values)
+
+
+def _astray(connection: Connection[Any], rule: Rule) -> list[tuple[Any, ...]]:
+    """The spans whose rows are in the default partition, beyond those that are made ahead anyway."""
+    if rule.default is None:
+        return []
+    return connection.execute(
+        sql.SQL(query("maintain", "astray")).format(
+            column=sql.Identifier(rule.column),
+            default=rule.default,
+            name=sql.Literal(rule.name),
+            cut_off=sql.Literal(rule.cut_off),
+            most=sql.Literal(MOST_ASTRAY),
+        )
+    ).fetchall()
+
+
+def cover(connection: Connection[Any], name: str, moments: Sequence[datetime]) -> None:
+    """Make the partitions in which rows of these moments belong, each in a transaction of its own.
+
+    What is refused, as when somebody uses the table for long, is left: rows then go into the default partition, and
+    maintain() moves them. Needs autocommit.
+    """
+    try:
+        rule = _rule(connection, name)
+        for moment in moments if rule.partitioned else ():
+            for span in _missing(connection, rule, moment, moment):
+                with connection.transaction():
+                    connection.execute("select set_config('lock_timeout', %s, true)", (LOCK_TIMEOUT,))
+                    _make(connection, rule=rule, span=span)
+    except REFUSALS as error:
+        if connection.closed:
+            raise
+        log.info("%s: not all partitions were made: %s", name, one_line(error))
 
 
 def _found(

@@ -42,6 +42,9 @@ class Merge(Enum):
     """The served row wins, where it differs."""
     NEWER = "newer"
     """The served row wins where its `newer` column is greater."""
+    COMPLETE = "complete"
+    """The served value wins where it is one, so that NULL never replaces anything; with `newer`, a stored row whose
+    `newer` is greater keeps its values and only its NULLs are filled."""
 
 
 def load(
@@ -86,7 +89,7 @@ def load(
     rejected += _break_checks(connection, table, stage, rows.columns, identity)
     duplicate = _drop_repeats(connection, table, stage, rule) if repeats else 0
     staged = frame.height - len(rejected) - duplicate
-    inserted, updated = _merge(connection, table, stage, rows.columns, rule, newer, touch, staged)
+    inserted, updated = _merge(connection, table, stage, rows, rule, newer, touch, staged)
     connection.execute(sql.SQL("drop table {}").format(stage))
     return quarantine(connection, table.name, rejected, run_id) + Counts(
         served=frame.height - len(rejected),
@@ -106,8 +109,8 @@ def _sorted(good: pl.DataFrame, table: Table, rule: Merge, newer: str | None) ->
     # In sorted order an equal key stands next door; a hash of all keys would cost more than the sort.
     again = pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in keys)
     repeats = rows.height > 1 and bool(rows.select(again.slice(1).any()).item())
-    if rule is Merge.IGNORE:
-        # Where nothing is overwritten, a column without any value need not travel.
+    if rule in {Merge.IGNORE, Merge.COMPLETE}:
+        # Where NULL overwrites nothing, a column without any value need not travel.
         empty = [name for name in rows.columns if rows[name].null_count() == rows.height]
         rows = rows.drop([name for name in empty if not table.columns[name].has_default and name not in keys])
     return rows, repeats
@@ -231,13 +234,14 @@ def _merge(
     connection: Connection[Any],
     table: Table,
     stage: sql.Identifier,
-    columns: Sequence[str],
+    rows: pl.DataFrame,
     rule: Merge,
     newer: str | None,
     touch: Sequence[str],
     staged: int,
 ) -> tuple[int, int]:
-    """Move the stage into the table; returns (inserted, updated)."""
+    """Move the stage, which holds `rows`, into the table; returns (inserted, updated)."""
+    columns, span = rows.columns, _span(table, rows)
     insert = sql.SQL("insert into {table} as stored ({columns}) select {typed} from {stage}").format(
         table=table.identifier,
         columns=sql.SQL(", ").join(map(sql.Identifier, columns)),
@@ -250,7 +254,7 @@ def _merge(
     ignore = rule is Merge.IGNORE or not compared
     stored = None  # not looked up
     if not ignore or staged >= PROBE_ROWS:
-        stored = _stored_keys(connection, table, stage, at_most=1 if ignore else staged)
+        stored = _stored_keys(connection, table, stage, span, at_most=1 if ignore else staged)
     if stored == 0 and staged >= PROBE_ROWS:
         # ON CONFLICT writes and confirms each row twice, a third of the time. When no key is stored, a plain
         # insert will do; a writer who gets in between is found out by the key, and the careful way follows.
@@ -258,23 +262,23 @@ def _merge(
             with connection.transaction():
                 return _number(connection, counted.format(insert, sql.SQL(""))), 0
         except errors.UniqueViolation:
-            stored = _stored_keys(connection, table, stage, at_most=staged)
+            stored = _stored_keys(connection, table, stage, span, at_most=staged)
     if ignore:
         return _number(connection, counted.format(insert, sql.SQL("on conflict do nothing"))), 0
-    changes = sql.SQL("({}) is distinct from ({})").format(
-        _tuple("stored", compared), _tuple("excluded", compared)
-    )
+    result = {name: _result(rule, name, newer) for name in values}
     if rule is Merge.NEWER:
         assert newer is not None
         changes = sql.SQL("{} > {}").format(
             sql.Identifier("excluded", newer), sql.Identifier("stored", newer)
         )
+    else:
+        changes = sql.SQL("({}) is distinct from ({})").format(
+            sql.SQL(", ").join(sql.Identifier("stored", name) for name in compared),
+            sql.SQL(", ").join(result[name] for name in compared),
+        )
     action = sql.SQL("on conflict ({}) do update set {} where {}").format(
         sql.SQL(", ").join(map(sql.Identifier, table.key)),
-        sql.SQL(", ").join(
-            sql.SQL("{} = {}").format(sql.Identifier(name), sql.Identifier("excluded", name))
-            for name in values
-        ),
+        sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(name), result[name]) for name in values),
         changes,
     )
     # What is new follows from what was stored: xmax, which would tell, is out of reach in partitioned tables, and
@@ -291,20 +295,41 @@ def _number(connection: Connection[Any], query: sql.Composed) -> int:
     return int(row[0])
 
 
-def _tuple(relation: str, columns: Sequence[str]) -> sql.Composed:
-    return sql.SQL(", ").join(sql.Identifier(relation, name) for name in columns)
+def _result(rule: Merge, name: str, newer: str | None) -> sql.Composable:
+    """What a column of a stored row becomes."""
+    served, stored = sql.Identifier("excluded", name), sql.Identifier("stored", name)
+    if rule is not Merge.COMPLETE:
+        return served
+    if newer is None:
+        return sql.SQL("coalesce({}, {})").format(served, stored)
+    return sql.SQL("case when {} > {} then coalesce({}, {}) else coalesce({}, {}) end").format(
+        sql.Identifier("stored", newer), sql.Identifier("excluded", newer), stored, served, served, stored
+    )
 
 
-def _stored_keys(connection: Connection[Any], table: Table, stage: sql.Identifier, *, at_most: int) -> int:
+def _span(table: Table, rows: pl.DataFrame) -> sql.Composable:
+    """A condition that tells the planner which partitions the rows can be in; else each row would ask it anew."""
+    name = table.partitioned_by
+    if name is None or name not in table.key or rows.is_empty():
+        return sql.SQL("")
+    return sql.SQL(" and {} between {} and {}").format(
+        sql.Identifier("stored", name), sql.Literal(rows[name].min()), sql.Literal(rows[name].max())
+    )
+
+
+def _stored_keys(
+    connection: Connection[Any], table: Table, stage: sql.Identifier, span: sql.Composable, *, at_most: int
+) -> int:
     """How many staged keys are in the table already, up to `at_most`, by looking them up in the key's index."""
     query = sql.SQL(
         "select case when exists (select from {table}) then"
-        " (select count(*) from (select from {stage} staged join {table} stored on {same} limit {most}) found)"
+        " (select count(*) from (select from {stage} staged join {table} stored on {same}{span} limit {most}) found)"
         " else 0 end"
     ).format(
         stage=stage,
         table=table.identifier,
         same=_same_key(table, "stored", "staged"),
+        span=span,
         most=sql.Literal(at_most),
     )
     # The stage has no statistics; a hash of a table of millions would be built for nothing.

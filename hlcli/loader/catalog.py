@@ -25,6 +25,10 @@ _CHECKS = """
 select conname, pg_get_expr(conbin, conrelid) from pg_constraint
 where conrelid = %s::regclass and contype = 'c' order by conname
 """
+_PARTITIONED_BY = """
+select attname::text from pg_partitioned_table join pg_attribute on attrelid = partrelid and attnum = partattrs[0]
+where partrelid = %s::regclass and partstrat = 'r' and partnatts = 1
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class Table:
     columns: dict[str, Column]
     key: tuple[str, ...]
     checks: dict[str, str]
+    partitioned_by: str | None = None
+    """The column whose ranges the partitions are."""
 
     @cached_property
     def identifier(self) -> sql.Identifier:
@@ -59,9 +65,11 @@ def describe(connection: Connection[Any], name: str) -> Table:
     key = sorted((position, column) for column, *_, position in rows if position is not None)
     if not key:
         raise ValueError(f"{name} has no primary key")
+    partitioned_by = connection.execute(_PARTITIONED_BY, (name,)).fetchone()
     return Table(
         name=name,
         columns={row[0]: Column(*row[:5]) for row in rows},
         key=tuple(column for _, column in key),
         checks=dict(connection.execute(_CHECKS, (name,)).fetchall()),
+        partitioned_by=partitioned_by[0] if partitioned_by else None,
     )

@@ -42,7 +42,7 @@ join pg_namespace n on n.oid = c.relnamespace
 cross join lateral (select pg_get_expr(c.relpartbound, c.oid)) b (bounds)
 where i.inhparent = %(oid)s and b.bounds <> 'DEFAULT'
 
--- The spans of now and of the near future that existing partitions do not cover.
+-- The spans between two moments, by default from now to the near future, that existing partitions do not cover.
 -- name: missing
 with taken as (
     select coalesce(range_agg(partition.span), '{{}}') as spans from ({partitions}
@@ -50,9 +50,10 @@ with taken as (
 ), clock as materialized (
     select hlcli_now() as now
 ), span as (
-    select r.partition_span as length,
-           date_bin(r.partition_span, clock.now, 'epoch') + step * r.partition_span as lower
-    from retention_rules r, clock, generate_series(0, %(ahead)s) step
+    select r.partition_span as length, lower
+    from retention_rules r, clock,
+         generate_series(date_bin(r.partition_span, coalesce(%(first)s, clock.now), 'epoch'),
+                         coalesce(%(last)s, clock.now + %(ahead)s * r.partition_span), r.partition_span) lower
     where r.table_name = %(name)s
 )
 select %(table)s || to_char(span.lower, case when mod(extract(epoch from span.length), 86400) = 0
@@ -62,6 +63,13 @@ select %(table)s || to_char(span.lower, case when mod(extract(epoch from span.le
 from span, taken
 where not taken.spans @> tstzrange(span.lower, span.lower + span.length)
 order by span.lower
+
+-- The spans that rows in the default partition belong to, but for those that are to go.
+-- name: astray
+select distinct date_bin(r.partition_span, astray.{column}, 'epoch') as lower
+from {default} astray, retention_rules r
+where r.table_name = {name} and (astray.{column} < {cut_off}::timestamptz) is not true
+order by lower limit {most}
 
 -- name: outlived
 select partition.schema, partition.name from ({partitions}

@@ -22,7 +22,7 @@ FLOORS = (
     ("hlcli.migrations",),
     ("hlcli.loader", "hlcli.reader"),
     ("hlcli.ledger", "hlcli.budget"),
-    ("hlcli.http",),
+    ("hlcli.http", "hlcli.s3"),
     ("hlcli.features",),
     ("hlcli.sources",),
     ("hlcli.jobs",),
@@ -30,7 +30,7 @@ FLOORS = (
     ("hlcli.cli",),
     ("hlcli.__main__",),
 )
-HEAVY = {"polars", "pyarrow", "boto3", "requests", "fastapi", "ijson", "pgpq", "tqdm", "rich"}
+HEAVY = {"polars", "pyarrow", "boto3", "botocore", "orjson", "requests", "fastapi", "pgpq", "tqdm", "rich"}
 # Itself imported only inside functions: whoever checks a frame has loaded polars already.
 HEAVY_FILES = {"hlcli.loader.checks"}
 SQL = re.compile(

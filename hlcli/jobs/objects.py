@@ -1,0 +1,559 @@
+"""From objects to rows: what `hlcli fills sync` and `hlcli twap sync` share.
+
+A unit is an object: its rows and its row in etl_s3_ingest_log commit together or not at all. While one object is
+loaded the next ones are fetched; within an object the next batch is decoded while one is loaded.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+from psycopg import errors, sql
+
+from hlcli import migrations, output, s3
+from hlcli.exitcodes import UsageError
+from hlcli.jobs import Job, Report, maintain, run_job
+from hlcli.loader import Counts, Merge, describe, load, quarantine
+from hlcli.logs import log, one_line
+from hlcli.s3 import StoredObject
+from hlcli.sources import files
+from hlcli.sqlfiles import query
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from datetime import timedelta
+
+    import polars as pl
+    from psycopg import Connection
+
+    from hlcli.ledger import Channel, Unit
+    from hlcli.settings import Settings
+
+Item = TypeVar("Item")
+
+LOCAL = "file:"
+SUFFIXES = (".parquet", ".lz4", ".gz", ".zst", ".json", ".jsonl", ".ndjson")
+# Objects that could not be fetched, one after the other: S3 is out, and the others would only be tried in vain.
+OUTAGE_AFTER = 10
+# A malformed object may have been caught while it was written; after so many times it was not.
+ATTEMPTS = 3
+REPLACEMENTS = 3
+# Two objects may hold the same rows; a transaction of many batches cannot take them in one order.
+DEADLOCKS = 5
+# Beyond this the rejected rows of one object are no oddities any more but the object itself.
+MAX_REJECTED = 100_000
+# When of so many rows, the first of an object, none can be stored, the others are not looked at.
+HOPELESS_ROWS = 1_000
+# What an object of an hour or a day touches. The rows of wilder ones go to the default partition, and are sorted by
+# `hlcli maintain`.
+COVERED_DAYS = 3
+SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """What kind of objects these are, where they are, and the table that their rows go to."""
+
+    channel: Channel
+    table: str
+    time: str
+    """The column that tells when a row happened."""
+    newer: str
+    """The column by which the better one of two rows with the same key is told."""
+    bucket: str
+    prefix: str
+    region: str
+    read: Callable[[Iterable[files.Batch]], Iterator[files.Rows]]
+    columns: Callable[[StoredObject], Mapping[str, Any]] = field(default=lambda _: {})
+    """What a row takes from its object, beside object_id."""
+    touch: Sequence[str] = ()
+    """Columns that are written with a change but, as those from the object, make none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line decides."""
+
+    since: datetime | None = None
+    """Only objects that were last modified then or later."""
+    until: datetime | None = None
+    """Only objects that were last modified before."""
+    keys: Sequence[str] = ()
+    """Just these objects, whatever the log says of them."""
+    local: Path | None = None
+    """A file, whatever the log says of it, or all files of a folder."""
+    again: bool = False
+    """Objects that are done, too."""
+    limit: int | None = None
+    max_bytes: int
+    """Compressed; the first object is read however large."""
+    jobs: int
+    """Objects that are loaded at once, each on a connection of its own."""
+    deadline: timedelta
+    dry_run: bool = False
+    fail_if_locked: bool = False
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to be read."""
+
+    chosen: list[StoredObject] = field(default_factory=list)
+    done: int = 0
+    """Objects that are skipped, as they were read in this version."""
+    quarantined: int = 0
+    """Objects that are skipped, as they cannot be read in this version."""
+    left: int = 0
+    """Objects beyond --limit or --max-gb."""
+
+    @property
+    def size(self) -> int:
+        return sum(each.size for each in self.chosen)
+
+    def details(self) -> dict[str, Any]:
+        return {
+            "objects": len(self.chosen),
+            "bytes": self.size,
+            "skipped": self.done,
+            "quarantined_before": self.quarantined,
+            "left": self.left,
+        }
+
+
+def sync(settings: Settings, dataset: Dataset, options: Options) -> Report:
+    """Read the objects that were not read yet into the dataset's table.
+
+    `dry_run` reports what would be read and what that costs; it takes no lock, opens no run and writes nothing.
+
+    Raises UsageError for a path that is none, ConfigError for a bucket that we may not read, TemporaryError when it
+    is out of reach, and what run_job() raises.
+    """
+    if options.local is not None and not options.local.exists():
+        raise UsageError(f"--local-file: there is no {options.local}")
+    if options.dry_run:
+        return _rehearse(settings, dataset, options)
+
+    def work(job: Job) -> None:
+        with ExitStack() as stack:
+            client = None if options.local else _client(settings, dataset, stack)
+            plan = _plan(job.run.connection, dataset, options, client)
+            job.report.details.update(plan.details())
+            _Reading(job, dataset, options, client).read(plan)
+
+    return run_job(settings, dataset.channel, work, fail_if_locked=options.fail_if_locked)
+
+
+def _client(settings: Settings, dataset: Dataset, stack: ExitStack) -> s3.S3:
+    client = s3.S3(settings, dataset.region)
+    stack.callback(client.close)
+    return client
+
+
+def _rehearse(settings: Settings, dataset: Dataset, options: Options) -> Report:
+    started, report = time.monotonic(), Report(dataset.channel, status="dry-run")
+    with migrations.connect_ready(settings, role=dataset.channel.name) as connection, ExitStack() as stack:
+        connection.read_only = True
+        client = None if options.local else _client(settings, dataset, stack)
+        plan = _plan(connection, dataset, options, client)
+    report.details.update(plan.details())
+    if not options.local:
+        cost = s3.cost_usd(dataset.region, len(plan.chosen), plan.size)
+        report.details["cost_usd"] = f"{cost:.2f}"
+    report.details["first"] = [each.key for each in plan.chosen[:SHOWN]]
+    report.seconds = round(time.monotonic() - started, 3)
+    return report
+
+
+def _plan(connection: Connection[Any], dataset: Dataset, options: Options, client: s3.S3 | None) -> Plan:
+    """Which objects are to be read, in the order of their keys."""
+    plan = Plan()
+    size = 0
+    named = bool(options.keys) or (options.local is not None and options.local.is_file())
+    bucket = LOCAL if options.local else dataset.bucket
+    known = {
+        key: seen for key, *seen in connection.execute(query("objects", "known"), (dataset.table, bucket))
+    }
+    for stored in _offered(dataset, options, client):
+        if (options.since and stored.last_modified < options.since) or (
+            options.until and stored.last_modified >= options.until
+        ):
+            continue
+        seen = known.get(stored.key)
+        if seen and not named and not options.again and seen[:2] == [stored.etag, stored.size]:
+            if seen[2] == "ok":
+                plan.done += 1
+                continue
+            if seen[2] == "quarantined":
+                plan.quarantined += 1
+                continue
+        size += stored.size
+        full = options.limit is not None and len(plan.chosen) >= options.limit
+        if full or plan.left or (size > options.max_bytes and plan.chosen):
+            plan.left += 1
+        else:
+            plan.chosen.append(stored)
+    return plan
+
+
+def _offered(dataset: Dataset, options: Options, client: s3.S3 | None) -> Iterator[StoredObject]:
+    """The objects that are there, as far as the command line speaks of them."""
+    if options.local is not None:
+        yield from _files(options.local)
+        return
+    assert client is not None
+    if not options.keys:
+        yield from client.list(dataset.bucket, dataset.prefix)
+    for key in dict.fromkeys(options.keys):
+        yield client.head(dataset.bucket, key)
+
+
+def _files(path: Path) -> Iterator[StoredObject]:
+    if path.is_file():
+        yield _file(path)
+    elif path.is_dir():
+        for each in sorted(path.rglob("*")):
+            if each.name.endswith(SUFFIXES) and not each.name.startswith(".") and each.is_file():
+                yield _file(each)
+    else:
+        raise UsageError(f"--local-file: {path} is neither a file nor a folder")
+
+
+def _file(path: Path) -> StoredObject:
+    """A file as if it were an object. Raises OSError."""
+    state = path.stat()
+    modified = datetime.fromtimestamp(state.st_mtime_ns / 10**9, UTC)
+    return StoredObject(
+        LOCAL, str(path.resolve()), f"{state.st_size}-{state.st_mtime_ns}", state.st_size, modified
+    )
+
+
+class _StoppedError(Exception):
+    """The run is over; what is under way is rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """A version of an object, here: an unnamed file, or one of this machine's own."""
+
+    stored: StoredObject
+    place: Path | IO[bytes]
+
+    def close(self) -> None:
+        if not isinstance(self.place, Path):
+            self.place.close()
+
+
+class _Reading:
+    """One run's reading of the planned objects, by threads that fetch and threads that load."""
+
+    def __init__(self, job: Job, dataset: Dataset, options: Options, client: s3.S3 | None) -> None:
+        self._job, self._dataset, self._options, self._client = job, dataset, options, client
+        self._deadline = time.monotonic() + options.deadline.total_seconds()
+        self._stopped = threading.Event()
+        self._failures_in_a_row = 0
+        self._gone = self._given_up = 0
+        self._consumed: dict[str, int] = {}
+        """Bytes by key, of objects done and under way; for the progress bar."""
+
+    def read(self, plan: Plan) -> None:
+        """Fetch and load all objects; what fails is counted and logged, and the others go on."""
+        left = deque(plan.chosen)
+        fetching: dict[Future[_Fetched], StoredObject] = {}
+        loading: dict[Future[str | None], _Fetched] = {}
+        ready: deque[_Fetched] = deque()
+        jobs = min(self._options.jobs, max(len(left), 1))
+        with ExitStack() as stack:
+            connections = [
+                stack.enter_context(
+                    migrations.connect_ready(self._job.settings, role=self._dataset.channel.name)
+                )
+                for _ in range(jobs)
+            ]
+            free: SimpleQueue[Connection[Any]] = SimpleQueue()
+            for connection in connections:
+                free.put(connection)
+            fetchers = stack.enter_context(ThreadPoolExecutor(jobs, "fetch"))
+            loaders = stack.enter_context(ThreadPoolExecutor(jobs, "load"))
+            bar = stack.enter_context(output.progress(plan.size, self._dataset.channel.name, "B"))
+            try:
+                while True:
+                    while left and not self._over() and len(fetching) + len(ready) <= jobs:
+                        stored = left.popleft()
+                        fetching[fetchers.submit(self._fetch, stored)] = stored
+                    while ready and len(loading) < jobs:
+                        fetched = ready.popleft()
+                        loading[loaders.submit(self._load, fetched, free)] = fetched
+                    if not fetching and not loading:
+                        break
+                    # A signal that comes just before a wait without end would be looked at only after it.
+                    under_way: list[Future[Any]] = [*fetching, *loading]
+                    wait(under_way, timeout=1.0, return_when=FIRST_COMPLETED)
+                    for fetch in [each for each in fetching if each.done()]:
+                        self._fetched(fetch, fetching.pop(fetch), ready)
+                    for loaded in [each for each in loading if each.done()]:
+                        self._loaded(loaded, loading.pop(loaded))
+                    bar.update(sum(self._consumed.values()) - bar.n)
+            except BaseException:
+                self._stopped.set()
+                for connection in connections:
+                    with suppress(psycopg.Error):
+                        connection.cancel_safe(timeout=5)
+                raise
+            finally:
+                for fetched in ready:
+                    fetched.close()
+        self._job.report.details.update(gone=self._gone, left=plan.left + len(left) + self._given_up)
+
+    def _over(self) -> bool:
+        return (
+            self._stopped.is_set()
+            or time.monotonic() > self._deadline
+            or self._failures_in_a_row >= OUTAGE_AFTER
+        )
+
+    def _fetch(self, stored: StoredObject) -> _Fetched:
+        """Bring an object here, in the version that there is now. Raises what S3.download() raises."""
+        if self._client is None:
+            return _Fetched(stored, Path(stored.key))
+        # Without a name, so that nothing is left of it however we end.
+        file = tempfile.TemporaryFile(prefix="hlcli-")  # noqa: SIM115 - closed by who reads it
+        try:
+            for attempt in range(1, REPLACEMENTS + 1):
+                try:
+                    self._client.download(stored, file, until=self._over)
+                except s3.ReplacedError:
+                    if attempt == REPLACEMENTS:
+                        raise
+                    stored = self._client.head(stored.bucket, stored.key)
+                else:
+                    return _Fetched(stored, file)
+            raise AssertionError
+        except BaseException:
+            file.close()
+            raise
+
+    def _fetched(self, future: Future[_Fetched], stored: StoredObject, ready: deque[_Fetched]) -> None:
+        try:
+            ready.append(future.result())
+        except s3.GoneError as error:
+            log.info("%s", one_line(error))
+            self._gone += 1
+        except s3.ObjectError as error:
+            if self._over():
+                self._given_up += 1  # its download was ended, or is one more of an outage
+                return
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row == OUTAGE_AFTER:
+                log.warning("%d objects failed in a row, stopping: %s", OUTAGE_AFTER, one_line(error))
+            self._failed(stored, error)
+        else:
+            self._failures_in_a_row = 0
+
+    def _loaded(self, future: Future[str | None], fetched: _Fetched) -> None:
+        """Take note of what became of an object; an error of the database ends the run."""
+        stored = fetched.stored
+        self._consumed[stored.key] = stored.size
+        try:
+            problem = future.result()
+        except _UnusableError as error:
+            self._failed(stored, error.cause, rows=error.rows)
+        else:
+            if problem:
+                self._job.report.fail(stored.key, ValueError(problem))
+
+    def _failed(self, stored: StoredObject, error: Exception, *, rows: int = 0) -> None:
+        """Log and count an object that could not be read; `rows` of it were decoded."""
+        with self._job.run.unit() as unit:
+            unit.connection.execute(
+                query("objects", "failed"),
+                {
+                    **self._version(stored),
+                    "error": one_line(error),
+                    "final": isinstance(error, files.UnusableError) and error.final,
+                    "attempts": ATTEMPTS if isinstance(error, files.UnusableError) else None,
+                },
+            )
+            unit.add(units_failed=1, rows_failed=rows)
+        self._job.report.fail(stored.key, error)
+
+    def _version(self, stored: StoredObject) -> dict[str, Any]:
+        return {
+            "table_name": self._dataset.table,
+            "bucket": stored.bucket,
+            "s3_object_key": stored.key,
+            "etag": stored.etag,
+            "size": stored.size,
+            "last_modified": stored.last_modified,
+            "version": f"{stored.etag} {stored.size}",
+            "run_id": self._job.run.run_id,
+        }
+
+    def _load(self, fetched: _Fetched, free: SimpleQueue[Connection[Any]]) -> str | None:
+        """Load an object on a free connection; returns why it is in quarantine, if it is.
+
+        Raises _UnusableError, psycopg.Error.
+        """
+        connection = free.get()
+        try:
+            for attempt in range(1, DEADLOCKS + 1):
+                try:
+                    return self._load_once(fetched, connection)
+                except (errors.DeadlockDetected, errors.SerializationFailure):
+                    if attempt == DEADLOCKS:
+                        raise
+                    log.info("%s: overlaps with another object, once more", fetched.stored.key)
+            raise AssertionError
+        finally:
+            free.put(connection)
+            fetched.close()
+
+    def _load_once(self, fetched: _Fetched, connection: Connection[Any]) -> str | None:
+        stored, dataset, counts = fetched.stored, self._dataset, Counts()
+        try:
+            with (
+                files.opened(fetched.place) as file,
+                closing(ahead(dataset.read(self._metered(file, stored)))) as batches,
+            ):
+                first = next(batches, None)
+                if first is not None and first.frame.height:
+                    days = first.frame[dataset.time].dt.truncate("1d").unique().sort()
+                    if len(days) <= COVERED_DAYS:
+                        maintain.cover(connection, dataset.table, days.to_list())
+                with self._job.run.unit(connection) as unit:
+                    loading = _Loading(unit, dataset, stored, self._version(stored))
+                    for rows in chain([first] if first else [], batches):
+                        if self._stopped.is_set():
+                            raise _StoppedError
+                        counts = loading.add(rows)
+                    if isinstance(fetched.place, Path) and _file(fetched.place) != stored:
+                        raise files.UnusableError("changed while it was read")
+                    return loading.finish()
+        except (files.UnusableError, OSError) as error:
+            raise _UnusableError(error, counts.served) from error
+
+    def _metered(self, file: files.File, stored: StoredObject) -> Iterator[files.Batch]:
+        for batch in file.batches():
+            self._consumed[stored.key] = file.position
+            yield batch
+
+
+class _UnusableError(Exception):
+    """An object whose content cannot be used, and how many of its rows were decoded before that was seen."""
+
+    def __init__(self, cause: files.UnusableError | OSError, rows: int) -> None:
+        super().__init__(str(cause))
+        self.cause, self.rows = cause, rows
+
+
+class _Loading:
+    """The transaction of one object."""
+
+    def __init__(self, unit: Unit, dataset: Dataset, stored: StoredObject, version: dict[str, Any]) -> None:
+        self._unit, self._dataset, self._stored, self._version = unit, dataset, stored, version
+        self._counts = Counts()
+        self._first: datetime | None = None
+        self._last: datetime | None = None
+        self._reason = ""
+        self._table = describe(unit.connection, dataset.table)
+        self._object_id = self._begin()
+
+    def _begin(self) -> int:
+        """The object's number; the rows of a version that was replaced are removed."""
+        connection = self._unit.connection
+        connection.execute(query("objects", "begin"), self._version)
+        row = connection.execute(query("objects", "stored"), self._version).fetchone()
+        assert row is not None
+        object_id, loaded, first, last = row
+        if loaded is not None and loaded != self._version["version"] and first is not None:
+            connection.execute(query("objects", "read_again"), {"object_id": object_id})
+            connection.execute(
+                sql.SQL(query("objects", "remove_rows")).format(
+                    table=self._table.identifier,
+                    object_id=sql.Literal(object_id),
+                    time=sql.Identifier(self._dataset.time),
+                    first=sql.Literal(first),
+                    last=sql.Literal(last),
+                )
+            )
+        return int(object_id)
+
+    def add(self, rows: files.Rows) -> Counts:
+        """Load a batch; returns the counts of all so far. Raises UnusableError when too much of it is rejected."""
+        import polars as pl
+
+        connection, run_id = self._unit.connection, self._unit.run.run_id
+        key = self._stored.key
+        # Such a row may be told by no more than its place: the same in every object.
+        told = [replace(each, key=[key, *each.key]) for each in rows.rejected]
+        self._counts += quarantine(connection, self._table.name, told, run_id)
+        self._reason = self._reason or (told[0].reason if told else "")
+        if rows.frame.height:
+            first, last = _span(rows.frame[self._dataset.time])
+            self._first, self._last = min(self._first or first, first), max(self._last or last, last)
+            own = {"object_id": self._object_id, **self._dataset.columns(self._stored)}
+            frame = rows.frame.with_columns(pl.lit(value).alias(name) for name, value in own.items())
+            self._counts += load(
+                connection,
+                self._table,
+                frame,
+                rule=Merge.COMPLETE,
+                newer=self._dataset.newer,
+                touch=[*own, *self._dataset.touch],
+                run_id=run_id,
+            )
+        counts = self._counts
+        if counts.rejected > MAX_REJECTED or counts.rejected == counts.served > HOPELESS_ROWS:
+            raise files.UnusableError(f"{counts.rejected:,} of {counts.served:,} rows cannot be stored")
+        return counts
+
+    def finish(self) -> str | None:
+        """Write the object's row in the log and in the ledger; returns why it is in quarantine, if it is."""
+        counts = self._counts
+        hopeless = 0 < counts.served == counts.rejected
+        problem = f"none of its {counts.served:,} rows can be stored" if hopeless else None
+        self._unit.connection.execute(
+            query("objects", "loaded"),
+            {
+                **self._version,
+                "object_id": self._object_id,
+                "state": "quarantined" if hopeless else "ok",
+                "error": problem,
+                "read": counts.served,
+                "ingested": counts.inserted + counts.updated,
+                "inserted": counts.inserted,
+                "rejected": counts.rejected,
+                "first": self._first,
+                "last": self._last,
+            },
+        )
+        self._unit.add(counts, units_ok=int(not hopeless), units_failed=int(hopeless))
+        return problem
+
+
+def _span(times: pl.Series) -> tuple[datetime, datetime]:
+    """The first and the last of times, of which there is one at least and none is missing."""
+    first, last = times.min(), times.max()
+    assert isinstance(first, datetime)
+    assert isinstance(last, datetime)
+    return first, last
+
+
+def ahead(items: Iterator[Item]) -> Generator[Item]:
+    """The same items, each made in another thread while the one before it is used."""
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item

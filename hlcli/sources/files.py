@@ -1,0 +1,256 @@
+"""Files of events, whatever they are written in: Parquet, JSON lines or a JSON array, plain or compressed.
+
+What a file is, its first bytes say; names lie. A file is read in batches and never held whole.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from hlcli.loader import Rejected
+from hlcli.sources import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    import polars as pl
+    import pyarrow as pa
+
+# Events that are decoded together, and so the rows of a load.
+BATCH = 20_000
+BATCH_BYTES = 6 << 20
+CHUNK = 1 << 20
+# A block of a busy second is some 2 MB.
+MAX_LINE = 16 << 20
+MAX_COLUMNS = 500
+# A Parquet file of over 100,000 rows with less than a byte for each repeats one row to fill our disk.
+BOMB_ROWS = 100_000
+MAX_ROWS = 100_000_000
+
+_COMPRESSIONS = {b"\x04\x22\x4d\x18": "lz4", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_PARQUET = b"PAR1"
+# A skippable LZ4 or Zstandard frame, which may stand before the first real one.
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+
+
+class UnusableError(ValueError):
+    """The file as a whole cannot be read or understood; nothing of it may be kept."""
+
+    final = False
+    """Whether it was not written badly but lacks something: reading it again will not help."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """A stretch of a file: lines of JSON, or decoded elements of a JSON array, or rows of a Parquet file."""
+
+    lines: list[bytes] = field(default_factory=list)
+    first_line: int = 1
+    cut_off: bool = False
+    """The last line does not end as a line does: if it is no JSON either, the file is not whole."""
+    elements: list[Any] | None = None
+    frame: pl.DataFrame | None = None
+
+    def values(self, *, exact: bool) -> tuple[list[Any], list[Rejected]]:
+        """The JSON values, and the lines that are none.
+
+        With `exact` a number with a point or an exponent is a Decimal; without, which is three times as fast, a
+        float, so that whoever meets one has to ask once more. Raises UnusableError for a file that is cut off.
+        """
+        import orjson
+
+        if self.elements is not None:
+            return self.elements, []
+        decode = _decode_exactly if exact else orjson.loads
+        values, rejected = [], []
+        for number, line in enumerate(self.lines, self.first_line):
+            try:
+                values.append(decode(line))
+            except ValueError:
+                try:
+                    values.append(_decode_exactly(line))
+                except (ValueError, ArithmeticError, RecursionError):
+                    if self.cut_off and number == self.first_line + len(self.lines) - 1:
+                        raise UnusableError(f"cut off in line {number:,}") from None
+                    text = line[:20_000].decode("utf-8", "replace")
+                    rejected.append(Rejected([f"line {number}"], "not_json", text))
+        return values, rejected
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows whose columns are a table's, and what could not become a row."""
+
+    frame: pl.DataFrame
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+class File:
+    """An open file; `position` tells how many of its bytes were consumed."""
+
+    def __init__(self, raw: pa.NativeFile, head: bytes) -> None:
+        self._raw = raw
+        self._head = head
+
+    @property
+    def position(self) -> int:
+        return 0 if self._raw.closed else int(self._raw.tell())
+
+    def batches(self) -> Iterator[Batch]:
+        """The file in batches of some 20,000 events. Raises UnusableError for a file that is damaged."""
+        import pyarrow as pa
+
+        try:
+            if self._head.startswith(_PARQUET):
+                for frame in _parquet(self._raw):
+                    yield Batch(frame=frame)
+            else:
+                yield from _json(self._plain())
+        except (pa.ArrowException, OSError) as error:
+            raise UnusableError(f"damaged: {error}") from error
+
+    def _plain(self) -> IO[bytes]:
+        import pyarrow as pa
+
+        for magic, codec in _COMPRESSIONS.items():
+            if self._head.startswith(magic):
+                return pa.CompressedInputStream(self._raw, codec)  # type: ignore[no-any-return]
+        if _SKIPPABLE.match(self._head):
+            return pa.CompressedInputStream(self._raw, "lz4")  # type: ignore[no-any-return]
+        return self._raw  # type: ignore[no-any-return]
+
+
+@contextmanager
+def opened(place: Path | IO[bytes]) -> Iterator[File]:
+    """Open a file, or take an open one that can be sought, to read its events. Raises UnusableError for an empty one."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(place), "rb") if isinstance(place, Path) else pa.PythonFile(place, "r") as raw:
+        raw.seek(0)
+        head = raw.read(16)
+        raw.seek(0)
+        if not head:
+            raise UnusableError("empty")
+        yield File(raw, head)
+
+
+def _parquet(raw: pa.NativeFile) -> Iterator[pl.DataFrame]:
+    import polars as pl
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    size = raw.size()
+    # Buffered: a row group's columns would else be read whole, and a file may be a single row group.
+    with parquet.ParquetFile(
+        raw, buffer_size=CHUNK, pre_buffer=False, page_checksum_verification=True
+    ) as file:
+        rows, names = file.metadata.num_rows, file.schema_arrow.names
+        if rows > MAX_ROWS or (rows > BOMB_ROWS and rows > size):
+            raise UnusableError(f"{rows:,} rows in {size:,} bytes are not believed")
+        if len(names) > MAX_COLUMNS:
+            raise UnusableError(f"{len(names):,} columns")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UnusableError(f"column {twice[0]!r} stands twice")
+        seen = 0
+        for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
+            seen += batch.num_rows
+            try:
+                yield _frame(batch)
+            except (pa.ArrowException, pl.exceptions.PolarsError) as error:
+                raise UnusableError(f"holds what cannot be read: {error}") from error
+        if seen != rows:
+            raise UnusableError(f"holds {seen:,} rows of the {rows:,} that it promises")
+
+
+def _frame(batch: pa.RecordBatch) -> pl.DataFrame:
+    """A record batch as a frame; decimals as their text, as Polars knows fewer digits than Parquet."""
+    import polars as pl
+    import pyarrow as pa
+
+    columns = [
+        column.cast(pa.string()) if pa.types.is_decimal(column.type) else column for column in batch.columns
+    ]
+    frame = pl.from_arrow(pa.RecordBatch.from_arrays(columns, names=batch.schema.names))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _json(source: IO[bytes]) -> Iterator[Batch]:
+    """JSON lines; or, when the first line is but the beginning of an array, the elements of that array."""
+    head = source.read(CHUNK)
+    first = head.lstrip()
+    if first.startswith(b"[") and not _is_json(first.split(b"\n", 1)[0]):
+        yield from _array(io.BufferedReader(_Joined(head, source)))
+        return
+    lines: list[bytes] = []
+    number = size = 0
+    rest, chunk = b"", head
+    while chunk:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            number += 1
+            if line and not line.isspace():
+                lines.append(line)
+                size += len(line)
+            elif lines:  # the numbers of a batch's lines run through
+                yield Batch(lines, number - len(lines))
+                lines, size = [], 0
+            if len(lines) >= BATCH or size >= BATCH_BYTES:
+                yield Batch(lines, number - len(lines) + 1)
+                lines, size = [], 0
+        if len(rest) > MAX_LINE:
+            raise UnusableError(f"a line of over {MAX_LINE:,} bytes")
+        chunk = source.read(CHUNK)
+    if rest and not rest.isspace():
+        number += 1
+        yield Batch([*lines, rest], number - len(lines), cut_off=True)
+    elif lines:
+        yield Batch(lines, number - len(lines) + 1)
+
+
+def _array(source: IO[bytes]) -> Iterator[Batch]:
+    elements: list[Any] = []
+    try:
+        for value in wire.items(source):
+            elements.append(value)
+            if len(elements) >= BATCH:
+                yield Batch(elements=elements)
+                elements = []
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise UnusableError(f"no JSON array: {error}") from None
+    yield Batch(elements=elements)
+
+
+class _Joined(io.RawIOBase):
+    """What was read already, and then the rest."""
+
+    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
+        self._head, self._rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self._head[: len(buffer)] or self._rest.read(len(buffer))
+        self._head = self._head[len(chunk) :] if self._head else b""
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        _decode_exactly(line)
+    except (ValueError, ArithmeticError, RecursionError):
+        return False
+    return True
+
+
+def _decode_exactly(line: bytes) -> Any:
+    return json.loads(line, parse_float=Decimal, parse_constant=str)
