@@ -245,15 +245,14 @@ def _missing(
 
 
 def _astray(connection: Connection[Any], rule: Rule) -> list[tuple[Any, ...]]:
-    """The spans whose rows are in the default partition, beyond those that are made ahead anyway."""
-    if rule.default is None:
+    """The spans that rows in the default partition belong to; where rows go by age, these do so, too."""
+    if rule.default is None or rule.cut_off is not None:
         return []
     return connection.execute(
         sql.SQL(query("maintain", "astray")).format(
             column=sql.Identifier(rule.column),
             default=rule.default,
             name=sql.Literal(rule.name),
-            cut_off=sql.Literal(rule.cut_off),
             most=sql.Literal(MOST_ASTRAY),
         )
     ).fetchall()

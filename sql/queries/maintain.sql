@@ -64,11 +64,10 @@ from span, taken
 where not taken.spans @> tstzrange(span.lower, span.lower + span.length)
 order by span.lower
 
--- The spans that rows in the default partition belong to, but for those that are to go.
+-- The spans that rows in the default partition belong to.
 -- name: astray
 select distinct date_bin(r.partition_span, astray.{column}, 'epoch') as lower
-from {default} astray, retention_rules r
-where r.table_name = {name} and (astray.{column} < {cut_off}::timestamptz) is not true
+from {default} astray, retention_rules r where r.table_name = {name}
 order by lower limit {most}
 
 -- name: outlived

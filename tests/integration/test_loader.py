@@ -274,12 +274,14 @@ class Model:
                 chosen[key] = served
             else:
                 counts["duplicate"] += 1
-                if self.rule is Merge.UPDATE or (
+                if self.rule in {Merge.UPDATE, Merge.COMPLETE} or (
                     self.rule is Merge.NEWER and served["version"] >= chosen[key]["version"]
                 ):
                     chosen[key] = served
         for key, served in chosen.items():
             held = self.rows.get(key)
+            if held is not None and self.rule is Merge.COMPLETE:
+                served = {name: held[name] if value is None else value for name, value in served.items()}  # noqa: PLW2901
             if held is None:
                 counts["inserted"] += 1
             elif self._wins(served, held):
@@ -293,7 +295,7 @@ class Model:
     def _wins(self, served, held):
         if self.rule is Merge.NEWER:
             return served["version"] > held["version"]
-        return self.rule is Merge.UPDATE and any(
+        return self.rule in {Merge.UPDATE, Merge.COMPLETE} and any(
             served[name] != held[name] for name in EVERYTHING if name != "touched"
         )
 
@@ -359,6 +361,24 @@ def test_random_batches_end_as_the_model_says_and_every_count_is_exact(
         assert stored(connection, "coin, at, px::text, open, doc, version, touched") == expected, number
     times = [times for *_, times in quarantined(connection)]
     assert sorted(times) == sorted(model.rejects.values())
+
+
+def test_complete_never_puts_null_over_a_value_and_a_greater_newer_keeps_its_own(connection):
+    connection.execute(PLAIN)
+    columns = ("coin", "at", "px", "version", "open", "touched")
+    put(connection, [row(px="1", version=5, open=None, touched=1)], Merge.COMPLETE, columns=columns, newer="version")
+
+    def then(**served):
+        counts = put(connection, [row(**served)], Merge.COMPLETE, columns=columns, newer="version", touch=("touched",))
+        return (counts.updated, counts.unchanged), stored(connection, "px::text, version, open, touched")[0]
+
+    # Older: its value fills the gap only, and the touched column stays the better row's.
+    assert then(px="2", version=4, open="true", touched=2) == ((1, 0), ("1", 5, True, 1))
+    assert then(px="2", version=4, open="false", touched=3) == ((0, 1), ("1", 5, True, 1))
+    # As new: its values win, its NULL does not.
+    assert then(px="2", version=5, open=None, touched=4) == ((1, 0), ("2", 5, True, 4))
+    assert then(px=None, version=6, open=None, touched=5) == ((1, 0), ("2", 6, True, 5))
+    assert then(px="2", version=6, open="true", touched=6) == ((0, 1), ("2", 6, True, 5))
 
 
 # --- more rows than PROBE_ROWS ------------------------------------------------------------------------------------

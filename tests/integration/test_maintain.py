@@ -24,6 +24,18 @@ DAY, MICROSECOND = timedelta(days=1), timedelta(microseconds=1)
 NOTHING = {"rows_deleted": {}, "partitions_made": {}, "partitions_dropped": {}}
 
 
+@pytest.fixture(autouse=True)
+def one_partitioned_table(request, connection):
+    """These tests count the partitions of wallet_snapshots; who asks for `all_rules` has those of fills, too."""
+    if "all_rules" not in request.fixturenames:
+        connection.execute("delete from retention_rules where table_name = 'fills'")
+
+
+@pytest.fixture
+def all_rules():
+    """The rules as the schema has them."""
+
+
 @pytest.fixture
 def run(settings, connection):
     """Run the job in this process; afterwards the ledger adds up and nothing is left behind."""
@@ -166,10 +178,11 @@ def test_the_members_of_the_universe_that_is_watched_stay_however_old(run, conne
 
 
 def test_every_rule_of_the_schema_keeps_the_row_at_its_cut_off_and_removes_the_one_before(
-    run, connection, rng
+    all_rules, run, connection, rng
 ):
     freeze(connection, NOW)
     rules = dict(connection.execute("select table_name, keep from retention_rules").fetchall())
+    assert rules.pop("fills") is None
     run_id, _ = (add_universe_run(connection) for _ in range(2))
     insert = {
         "wallet_universe_members": "insert into wallet_universe_members (run_id, wallet_id, rank, month_pnl, as_of_ts)"
@@ -203,6 +216,28 @@ def test_every_rule_of_the_schema_keeps_the_row_at_its_cut_off_and_removes_the_o
         left = [moment for moment in times(connection, table, column[table]) if moment < NOW]
         assert len(left) == 2, table
         assert left[0] == NOW - keep, table
+
+
+def test_what_is_kept_for_ever_is_sorted_into_partitions_and_never_removed(
+    all_rules, run, connection, monkeypatch
+):
+    freeze(connection, NOW)
+    only(connection, "fills")
+    monkeypatch.setattr(job, "MOST_ASTRAY", 2)
+    moments = [NOW - days * DAY for days in (800, 401, 400, 2, 0)]
+    for number, moment in enumerate(moments):
+        connection.execute(
+            "insert into fills (user_address, coin, tid, oid, side, time, px, sz, source)"
+            " values ('0x' || repeat('a', 40), 'BTC', %s, 1, 'A', %s, 1, 1, 's3')",
+            (number, moment),
+        )
+    before = dump(connection, "fills", without=())
+    rehearsed = run(dry_run=True)
+    made = [run().details["partitions_made"].get("fills", 0) for _ in range(4)]
+    assert rehearsed.details["partitions_made"] == {"fills": 6}
+    assert made == [6, 2, 0, 0]  # today and three days more were made in the first
+    assert dump(connection, "fills", without=()) == before
+    assert times(connection, "only fills_default", "time") == []
 
 
 def test_the_cut_off_moves_with_the_clocks_offset(run, connection, monkeypatch):
