@@ -86,10 +86,24 @@ def load(
     ]
     rows, repeats = _sorted(good, table, rule, newer)
     stage = _stage(connection, table, rows)
-    rejected += _break_checks(connection, table, stage, rows.columns, identity)
-    duplicate = _drop_repeats(connection, table, stage, rule) if repeats else 0
-    staged = frame.height - len(rejected) - duplicate
-    inserted, updated = _merge(connection, table, stage, rows, rule, newer, touch, staged)
+    duplicate = 0
+    # Of rows with one key a bad one must not win, so then the checks come first. Else the table itself checks as it
+    # takes the rows, and they are looked through only if it refused one: that is a fifth of the time.
+    checked = repeats
+    if repeats:
+        rejected += _break_checks(connection, table, stage, rows.columns, identity)
+        duplicate = _drop_repeats(connection, table, stage, rule)
+    while True:
+        staged = frame.height - len(rejected) - duplicate
+        try:
+            with connection.transaction():
+                inserted, updated = _merge(connection, table, stage, rows, rule, newer, touch, staged)
+            break
+        except errors.CheckViolation:
+            if checked:
+                raise
+            checked = True
+            rejected += _break_checks(connection, table, stage, rows.columns, identity)
     connection.execute(sql.SQL("drop table {}").format(stage))
     return quarantine(connection, table.name, rejected, run_id) + Counts(
         served=frame.height - len(rejected),

@@ -418,29 +418,34 @@ def test_a_large_batch_is_stored_whole_then_merged_by_the_rule(connection, rng, 
     assert stored(connection, "coin, px::text, version") == expected
 
 
-def test_a_large_batch_of_new_rows_takes_the_plain_insert(connection):
-    """It runs in a savepoint, so its rows carry another transaction id than the load's own."""
+def test_a_large_batch_of_new_rows_takes_the_plain_insert(connection, monkeypatch):
     connection.execute(PLAIN)
+    number, inserts = loader._number, []
 
-    def writer_and_transaction(rows):
-        with connection.transaction():
-            load(
-                connection,
-                NAME,
-                wire.frame(rows, ("coin", "at", "version")),
-                rule=Merge.UPDATE,
-                run_id=uuid4(),
-            )
-            return connection.execute(
-                "select distinct xmin::text, mod(pg_current_xact_id()::text::numeric, 4294967296)::text"
-                " from loaded where coin = any(%s)",
-                ([each["coin"] for each in rows],),
-            ).fetchall()
+    def spy(connection, query):
+        inserts.append(query.as_string(connection))
+        return number(connection, query)
 
-    [(writer, transaction)] = writer_and_transaction(many())
-    assert writer != transaction
-    [(writer, transaction)] = writer_and_transaction([row("few")])
-    assert writer == transaction
+    monkeypatch.setattr(loader, "_number", spy)
+
+    def ways(rows):
+        inserts.clear()
+        put(connection, rows)
+        return ["on conflict" in each for each in inserts if "insert into" in each]
+
+    assert ways(many()) == [False]
+    assert ways([row("few")]) == [True]
+    assert ways(many()) == [True]  # all of them stored by now
+
+
+def test_a_row_that_the_table_refuses_is_found_and_the_others_are_stored(connection):
+    """The table itself finds it, as it takes the rows; then all are looked through."""
+    connection.execute(PLAIN)
+    rows = [*many(), row("NO"), row("NEITHER")]
+    counts = put(connection, rows)
+    assert (counts.inserted, counts.rejected) == (MANY, 2)
+    assert stored(connection, "coin, px::text, version") == contents(many())
+    assert put(connection, rows).unchanged == MANY
 
 
 @ALL_RULES
