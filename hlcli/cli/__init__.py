@@ -16,6 +16,7 @@ from hlcli.cli import (
     ingest,
     maintain,
     rank,
+    serve,
     signals,
     snapshot,
     status,
@@ -76,6 +77,7 @@ app.add_typer(signals.app, name="signals")
 app.add_typer(twap.app, name="twap")
 app.add_typer(fills.app, name="fills")
 app.command("maintain", epilog=maintain.EPILOG)(maintain.maintain)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("status", epilog=status.EPILOG)(status.status)
 app.add_typer(database.app, name="db")
 app.command("demo", epilog=demo.EPILOG)(demo.demo)

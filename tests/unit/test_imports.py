@@ -30,9 +30,26 @@ FLOORS = (
     ("hlcli.cli",),
     ("hlcli.__main__",),
 )
-HEAVY = {"polars", "pyarrow", "boto3", "botocore", "orjson", "requests", "fastapi", "pgpq", "tqdm", "rich"}
+HEAVY = {
+    "polars",
+    "pyarrow",
+    "boto3",
+    "botocore",
+    "orjson",
+    "requests",
+    "fastapi",
+    "pydantic",
+    "uvicorn",
+    "psycopg_pool",
+    "pgpq",
+    "tqdm",
+    "rich",
+}
 # Itself imported only inside functions: whoever checks a frame has loaded polars already.
-HEAVY_FILES = {"hlcli.loader.checks"}
+HEAVY_FILES = {
+    "hlcli.loader.checks",
+    *(f"hlcli.serve.{name}" for name in ("app", "models", "pool", "server")),
+}
 SQL = re.compile(
     r"\b(select|insert\s+into|update|delete\s+from|create|alter|drop)\b.*\b(from|values|set|table|into)\b",
     re.IGNORECASE | re.DOTALL,

@@ -1,0 +1,1 @@
+"""The HTTP API (extra `serve`): reads the database, never writes to it."""
