@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -23,7 +23,7 @@ import psycopg
 from psycopg import errors, sql
 
 from hlcli import migrations, output, s3
-from hlcli.exitcodes import UsageError
+from hlcli.exitcodes import TemporaryError, UsageError
 from hlcli.jobs import Job, Report, maintain, run_job
 from hlcli.loader import Counts, Merge, describe, load, quarantine
 from hlcli.logs import log, one_line
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from psycopg import Connection
 
     from hlcli.ledger import Channel, Unit
+    from hlcli.loader import Table
     from hlcli.settings import Settings
 
 Item = TypeVar("Item")
@@ -177,9 +178,11 @@ def _rehearse(settings: Settings, dataset: Dataset, options: Options) -> Report:
 
 
 def _plan(connection: Connection[Any], dataset: Dataset, options: Options, client: s3.S3 | None) -> Plan:
-    """Which objects are to be read, in the order of their keys."""
-    plan = Plan()
-    size = 0
+    """Which objects are to be read: in the order of their keys, but those that have failed before come last.
+
+    Else a few that always fail would be taken for an outage in every run, and none behind them ever read.
+    """
+    plan, wanted = Plan(), []
     named = bool(options.keys) or (options.local is not None and options.local.is_file())
     bucket = LOCAL if options.local else dataset.bucket
     known = {
@@ -198,6 +201,10 @@ def _plan(connection: Connection[Any], dataset: Dataset, options: Options, clien
             if seen[2] == "quarantined":
                 plan.quarantined += 1
                 continue
+        wanted.append(stored)
+    wanted.sort(key=lambda each: each.key in known and known[each.key][2] == "failed")
+    size = 0
+    for stored in wanted:
         size += stored.size
         full = options.limit is not None and len(plan.chosen) >= options.limit
         if full or plan.left or (size > options.max_bytes and plan.chosen):
@@ -216,16 +223,22 @@ def _offered(dataset: Dataset, options: Options, client: s3.S3 | None) -> Iterat
     if not options.keys:
         yield from client.list(dataset.bucket, dataset.prefix)
     for key in dict.fromkeys(options.keys):
-        yield client.head(dataset.bucket, key)
+        try:
+            yield client.head(dataset.bucket, key)
+        except s3.GoneError as error:
+            raise UsageError(f"--object-key: there is no s3://{dataset.bucket}/{key}") from error
 
 
 def _files(path: Path) -> Iterator[StoredObject]:
     if path.is_file():
         yield _file(path)
     elif path.is_dir():
-        for each in sorted(path.rglob("*")):
-            if each.name.endswith(SUFFIXES) and not each.name.startswith(".") and each.is_file():
-                yield _file(each)
+        found = {
+            each.resolve()
+            for each in path.rglob("*")
+            if each.name.endswith(SUFFIXES) and not each.name.startswith(".") and each.is_file()
+        }
+        yield from map(_file, sorted(found))
     else:
         raise UsageError(f"--local-file: {path} is neither a file nor a folder")
 
@@ -264,6 +277,11 @@ class _Reading:
         self._stopped = threading.Event()
         self._failures_in_a_row = 0
         self._gone = self._given_up = 0
+        self._covered: set[datetime] = set()
+        self._in_midst = 0
+        """Loads whose transaction is open."""
+        self._idle = threading.Condition()
+        """Is told when one of them ends."""
         self._consumed: dict[str, int] = {}
         """Bytes by key, of objects done and under way; for the progress bar."""
 
@@ -284,7 +302,9 @@ class _Reading:
             free: SimpleQueue[Connection[Any]] = SimpleQueue()
             for connection in connections:
                 free.put(connection)
-            fetchers = stack.enter_context(ThreadPoolExecutor(jobs, "fetch"))
+            # A download may hang for a minute; who was told to stop does not wait for it.
+            fetchers = ThreadPoolExecutor(jobs, "fetch")
+            stack.callback(fetchers.shutdown, wait=False, cancel_futures=True)
             loaders = stack.enter_context(ThreadPoolExecutor(jobs, "load"))
             bar = stack.enter_context(output.progress(plan.size, self._dataset.channel.name, "B"))
             try:
@@ -307,9 +327,11 @@ class _Reading:
                     bar.update(sum(self._consumed.values()) - bar.n)
             except BaseException:
                 self._stopped.set()
-                for connection in connections:
-                    with suppress(psycopg.Error):
-                        connection.cancel_safe(timeout=5)
+                # Again and again, as a load that was between two statements goes on to the next one.
+                while wait(loading, timeout=0.1).not_done:
+                    for connection in connections:
+                        with suppress(psycopg.Error):
+                            connection.cancel_safe(timeout=5)
                 raise
             finally:
                 for fetched in ready:
@@ -328,7 +350,10 @@ class _Reading:
         if self._client is None:
             return _Fetched(stored, Path(stored.key))
         # Without a name, so that nothing is left of it however we end.
-        file = tempfile.TemporaryFile(prefix="hlcli-")  # noqa: SIM115 - closed by who reads it
+        try:
+            file = tempfile.TemporaryFile(prefix="hlcli-")  # noqa: SIM115 - closed by who reads it
+        except OSError as error:
+            raise TemporaryError(f"cannot write the download: {one_line(error)}") from error
         try:
             for attempt in range(1, REPLACEMENTS + 1):
                 try:
@@ -427,12 +452,11 @@ class _Reading:
                 closing(ahead(dataset.read(self._metered(file, stored)))) as batches,
             ):
                 first = next(batches, None)
-                if first is not None and first.frame.height:
-                    days = first.frame[dataset.time].dt.truncate("1d").unique().sort()
-                    if len(days) <= COVERED_DAYS:
-                        maintain.cover(connection, dataset.table, days.to_list())
-                with self._job.run.unit(connection) as unit:
-                    loading = _Loading(unit, dataset, stored, self._version(stored))
+                table = describe(connection, dataset.table)
+                if first is not None and table.partitioned_by == dataset.time:
+                    self._cover(connection, first.frame[dataset.time])
+                with self._midst(), self._job.run.unit(connection) as unit:
+                    loading = _Loading(unit, dataset, table, stored, self._version(stored))
                     for rows in chain([first] if first else [], batches):
                         if self._stopped.is_set():
                             raise _StoppedError
@@ -442,6 +466,26 @@ class _Reading:
                     return loading.finish()
         except (files.UnusableError, OSError) as error:
             raise _UnusableError(error, counts.served) from error
+
+    def _cover(self, connection: Connection[Any], times: pl.Series) -> None:
+        """Make the partitions of the days that an object begins with; between loads, as each holds the table."""
+        with self._idle:
+            days = set(times.dt.truncate("1d")) - self._covered
+            if 0 < len(days) <= COVERED_DAYS:
+                self._idle.wait_for(lambda: not self._in_midst or self._stopped.is_set())
+                maintain.cover(connection, self._dataset.table, sorted(days))
+                self._covered |= days
+
+    @contextmanager
+    def _midst(self) -> Iterator[None]:
+        with self._idle:
+            self._in_midst += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._in_midst -= 1
+                self._idle.notify_all()
 
     def _metered(self, file: files.File, stored: StoredObject) -> Iterator[files.Batch]:
         for batch in file.batches():
@@ -460,13 +504,15 @@ class _UnusableError(Exception):
 class _Loading:
     """The transaction of one object."""
 
-    def __init__(self, unit: Unit, dataset: Dataset, stored: StoredObject, version: dict[str, Any]) -> None:
-        self._unit, self._dataset, self._stored, self._version = unit, dataset, stored, version
+    def __init__(
+        self, unit: Unit, dataset: Dataset, table: Table, stored: StoredObject, version: dict[str, Any]
+    ) -> None:
+        self._unit, self._dataset, self._table = unit, dataset, table
+        self._stored, self._version = stored, version
         self._counts = Counts()
         self._first: datetime | None = None
         self._last: datetime | None = None
         self._reason = ""
-        self._table = describe(unit.connection, dataset.table)
         self._object_id = self._begin()
 
     def _begin(self) -> int:
@@ -477,7 +523,6 @@ class _Loading:
         assert row is not None
         object_id, loaded, first, last = row
         if loaded is not None and loaded != self._version["version"] and first is not None:
-            connection.execute(query("objects", "read_again"), {"object_id": object_id})
             connection.execute(
                 sql.SQL(query("objects", "remove_rows")).format(
                     table=self._table.identifier,
@@ -487,6 +532,8 @@ class _Loading:
                     last=sql.Literal(last),
                 )
             )
+            # After that, which waits for whoever is loading a row of ours: only then is that object seen as done.
+            connection.execute(query("objects", "read_again"), {"object_id": object_id})
         return int(object_id)
 
     def add(self, rows: files.Rows) -> Counts:

@@ -7,8 +7,10 @@ import shlex
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
+from hlcli.sim import objects
 from hlcli.sim.server import Simulator
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ WALLETS = 300
 WEIGHT_PER_MINUTE = 60_000
 # Two windows of signals, and the minutes since.
 MINUTES = 17
+
+
+# Stands in arguments for the folder of the invented files.
+SAMPLE = "{sample}"
 
 
 class Step(NamedTuple):
@@ -38,6 +44,8 @@ STEPS = (
     Step(("snapshot", "--fail-if-locked"), minutes=MINUTES),
     Step(("signals", "compute", "--fail-if-locked")),
     Step(("signals", "show")),
+    Step(("twap", "sync", "--local-file", f"{SAMPLE}/twaps", "--fail-if-locked")),
+    Step(("fills", "sync", "--local-file", f"{SAMPLE}/fills", "--fail-if-locked")),
     Step(("maintain", "--fail-if-locked")),
     Step(("status",)),
 )
@@ -49,6 +57,8 @@ def run(home: Path) -> int:
     print("A simulated exchange on this machine; the database is private to the demo:")
     print(f"  {home}\n", flush=True)
     began = time.monotonic()
+    sample = home / "sample"
+    objects.sample(sample, datetime.now(UTC))
     with Simulator(vaults=VAULTS, wallets=WALLETS, weight_per_minute=WEIGHT_PER_MINUTE) as exchange:
         env = {
             **os.environ,
@@ -64,8 +74,9 @@ def run(home: Path) -> int:
         }
         for number, step in enumerate(STEPS, 1):
             often = f"   (the last {step.minutes} minutes)" if step.minutes else ""
-            print(f"[{number}/{len(STEPS)}] hlcli {shlex.join(step.arguments)}{often}", flush=True)
-            code = _run(step, exchange, env)
+            arguments = [argument.replace(SAMPLE, str(sample)) for argument in step.arguments]
+            print(f"[{number}/{len(STEPS)}] hlcli {shlex.join(arguments)}{often}", flush=True)
+            code = _run(arguments, step.minutes, exchange, env)
             if code:
                 print(f"\nThe step failed with exit code {code}.", file=sys.stderr)
                 return code if code > 0 else 128 - code
@@ -80,14 +91,14 @@ def run(home: Path) -> int:
     return 0
 
 
-def _run(step: Step, exchange: Simulator, env: dict[str, str]) -> int:
-    """Run a step and return its exit code; of a step for many minutes only the last one's output is shown."""
-    command = [sys.executable, "-m", "hlcli", *step.arguments]
-    if not step.minutes:
+def _run(arguments: list[str], minutes: int, exchange: Simulator, env: dict[str, str]) -> int:
+    """Run a command and return its exit code; if for many minutes, only the last one's output is shown."""
+    command = [sys.executable, "-m", "hlcli", *arguments]
+    if not minutes:
         return subprocess.run(command, env=env, check=False).returncode
     this_minute = time.time() // 60 * 60
     code = 0
-    for ago in reversed(range(step.minutes)):
+    for ago in reversed(range(minutes)):
         # Five seconds into each minute, so that none is too far gone to be taken.
         shift_s = round(this_minute - 60 * ago + 5 - time.time())
         exchange.clock_offset_ms = 1000 * shift_s

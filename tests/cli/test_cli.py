@@ -430,7 +430,9 @@ def test_the_demo_runs_every_step_on_a_database_of_its_own(cli):
             timeout=150,
         )
         assert (done.returncode, done.stderr) == (0, "")
-        steps = re.findall(r"^\[\d/\d\] hlcli (.*)$", done.stdout, re.MULTILINE)
+        steps = re.findall(r"^\[\d+/\d+\] hlcli (.*)$", done.stdout, re.MULTILINE)
+        assert "s3/fills\tok" in done.stdout
+        assert "s3/twap_status\tok" in done.stdout
         assert steps[0] == "init"
         assert steps[-1] == "status"
         assert "hyperliquid/vaults\tok" in done.stdout
