@@ -6,37 +6,56 @@ and without underscores.
 
 from __future__ import annotations
 
+import base64
+import json
+import math
+from decimal import Decimal
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from hlcli.sources import times, wire
-from hlcli.sources.files import UnusableError
+from hlcli.sources.files import Rows, UnusableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import polars as pl
 
-    from hlcli.sources.files import Batch, Rows
+    from hlcli.sources.files import Batch
 
 Kind = Literal["text", "number", "integer", "boolean", "time", "document"]
 # Integers beyond are not the same in JavaScript, nor in a double.
 MAX_EXACT = 2**53
+PER_SECOND = {"ms": 10**3, "us": 10**6, "ns": 10**9}
+YEAR_10000_S = 253_402_300_800
 
 
 class InexactError(Exception):
     """A number came as a float, or a value as another type than usual: decode once more, exactly."""
 
 
-def exactly_if_needed(batch: Batch, read: Callable[[Sequence[Any], bool], Rows]) -> Rows:
-    """Rows of a JSON batch: decoded fast, and once more with every digit where that was not good enough."""
+def rows_of(
+    batch: Batch, from_values: Callable[..., Rows], from_frame: Callable[[pl.DataFrame], Rows]
+) -> Rows:
+    """Rows of a batch. JSON is decoded fast, and once more with every digit where that was not good enough.
+
+    `from_values` takes decoded values and whether they are `exact`, and may raise InexactError if they are not.
+    Raises UnusableError, also for a frame with values that Polars itself cannot handle.
+    """
+    import polars as pl
+
+    if batch.frame is not None:
+        try:
+            return from_frame(batch.frame)
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OverflowError) as error:
+            raise UnusableError(f"holds what cannot be read: {error}") from error
     try:
         values, rejected = batch.values(exact=False)
-        rows = read(values, batch.elements is not None)
+        rows = from_values(values, exact=batch.elements is not None)
     except InexactError:
         values, rejected = batch.values(exact=True)
-        rows = read(values, True)
-    rows.rejected += rejected
-    return rows
+        rows = from_values(values, exact=True)
+    return Rows(rows.frame, [*rejected, *rows.rejected])
 
 
 def plain(name: str) -> str:
@@ -45,17 +64,20 @@ def plain(name: str) -> str:
 
 
 def of_dicts(
-    dicts: Sequence[Mapping[str, Any]], names: Mapping[str, str], prefix: str = ""
+    dicts: Sequence[Mapping[str, Any]], names: Mapping[str, str]
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """The values of JSON objects by our names, and the keys that have none."""
     found: dict[str, list[Any]] = {}
     unknown = []
     for key in sorted(set().union(*dicts)):
-        name = names.get(prefix + plain(key))
+        name = names.get(plain(key))
         if name is None:
             unknown.append(key)
             continue
-        values = [each.get(key) for each in dicts]
+        try:  # most keys are in all of them
+            values = list(map(itemgetter(key), dicts))
+        except KeyError:
+            values = [each.get(key) for each in dicts]
         found[name] = first_of(found[name], values) if name in found else values
     return found, unknown
 
@@ -91,10 +113,9 @@ def series(values: Sequence[Any], kind: Kind, *, exact: bool) -> pl.Series:
     """Decoded JSON values as a column: of the usual type of its kind, or of text with `exact`. Raises InexactError."""
     import polars as pl
 
-    if kind == "document":
-        return pl.Series([document(value, exact=exact) for value in values], dtype=pl.String)
     if exact:
-        return pl.Series([wire.text(value) for value in values], dtype=pl.String)
+        show = document if kind == "document" else wire.text
+        return pl.Series([show(value) for value in values], dtype=pl.String)
     first = next((value for value in values if value is not None), None)
     usual: type[pl.DataType] = pl.String
     if kind == "boolean":
@@ -104,8 +125,10 @@ def series(values: Sequence[Any], kind: Kind, *, exact: bool) -> pl.Series:
         if bool in set(map(type, values)):  # which Polars takes for 0 and 1
             raise InexactError
     try:
+        if kind == "document":
+            values = [_document(value) for value in values]
         return pl.Series(values, dtype=usual, strict=True)
-    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+    except (TypeError, ValueError, OverflowError, RecursionError, pl.exceptions.PolarsError):
         raise InexactError from None
 
 
@@ -127,7 +150,7 @@ def typed(
             columns.append(pl.Series(name, [None], dtype=missing).new_from_index(0, height))
             continue
         if values.dtype.is_nested() and kind != "document":
-            raise UnusableError(f"column {values.name!r} holds {values.dtype}")
+            text(values)
         lossy |= kind == "number" and values.dtype.is_float() and values.null_count() < height
         columns.append(_of_kind(values, kind).alias(name))
     return pl.DataFrame(columns), lossy
@@ -136,6 +159,8 @@ def typed(
 def _of_kind(values: pl.Series, kind: Kind) -> pl.Series:
     import polars as pl
 
+    if kind == "time" and (values.dtype.is_float() or values.dtype == pl.Binary):
+        return times.nanoseconds(_integer(values))
     if kind == "time":
         return times.nanoseconds(values)
     if kind == "integer":
@@ -143,10 +168,31 @@ def _of_kind(values: pl.Series, kind: Kind) -> pl.Series:
     if kind == "boolean" and values.dtype == pl.Boolean:
         return values
     if kind == "boolean":
-        return values.cast(pl.String).str.to_lowercase()
-    if kind == "document" and isinstance(values.dtype, pl.Struct):
+        return text(values).str.to_lowercase()
+    if isinstance(values.dtype, pl.Struct):
         return documents(values.struct.unnest())
-    return values.cast(pl.String)
+    if values.dtype.is_nested():
+        return pl.Series([document(value) for value in values.to_list()], dtype=pl.String)
+    return text(values)
+
+
+def text(values: pl.Series) -> pl.Series:
+    """Scalars as text; bytes, which some writers make of all text, as what they spell, or else in base64.
+
+    Raises UnusableError for lists and structs.
+    """
+    import polars as pl
+
+    if values.dtype.is_nested():
+        raise UnusableError(f"column {values.name!r} holds {values.dtype}")
+    if isinstance(values.dtype, pl.Datetime):
+        return _moments(values)
+    try:
+        return values.cast(pl.String)
+    except pl.exceptions.ComputeError:
+        if values.dtype != pl.Binary:
+            raise
+        return values.bin.encode("base64")
 
 
 def _integer(values: pl.Series) -> pl.Series:
@@ -158,7 +204,7 @@ def _integer(values: pl.Series) -> pl.Series:
 
     if values.dtype.is_integer():
         return values
-    shown = values.cast(pl.String)
+    shown = text(values)
     if values.dtype.is_float():
         whole = values.is_finite() & (values == values.floor()) & (values.abs() <= MAX_EXACT)
         shown = (
@@ -168,14 +214,23 @@ def _integer(values: pl.Series) -> pl.Series:
     return integers if integers.null_count() == shown.null_count() else shown
 
 
-def document(value: Any, *, exact: bool) -> str | None:
-    """A decoded JSON value as JSON text, integers beyond 2**53 as text. Raises InexactError for floats in it."""
+def document(value: Any) -> str | None:
+    """A decoded value as JSON text with all its digits; NUL, which no table takes, for what is nested too deeply.
+
+    What JSON cannot hold (NaN) and what JavaScript would change (integers beyond 2**53) becomes text.
+    """
+    try:
+        return wire.text(_safe(value))
+    except RecursionError:
+        return "\0"
+
+
+def _document(value: Any) -> str | None:
+    """The same, faster. Raises InexactError for floats; TypeError or RecursionError for what is hard to write down."""
     import orjson
 
     if value is None or isinstance(value, str):
         return value
-    if exact:
-        return wire.text(_safe(value))
     if has_float(value):
         raise InexactError
     try:
@@ -185,47 +240,87 @@ def document(value: Any, *, exact: bool) -> str | None:
 
 
 def documents(frame: pl.DataFrame) -> pl.Series:
-    """Each row of a frame as a JSON object, NULL when all of it is: times in ISO 8601, bytes in base64.
-
-    What JSON cannot hold (NaN) and what JavaScript would change (integers beyond 2**53) is text.
-    """
+    """Each row of a frame as document() would have it, NULL when all of it is: times in ISO 8601, bytes as in text()."""
     import polars as pl
 
-    shown = []
-    for column in frame.get_columns():
-        kind = column.dtype
-        if isinstance(kind, pl.Datetime):
-            shown.append(column.dt.to_string("iso"))
-        elif kind == pl.Binary:
-            shown.append(column.bin.encode("base64"))
-        elif (kind.is_integer() and not column.is_between(-MAX_EXACT, MAX_EXACT).all()) or (
-            kind.is_float() and not column.is_finite().all()
-        ):
-            shown.append(column.cast(pl.String))
-        else:
-            shown.append(column)
     nothing = pl.all_horizontal(pl.all().is_null())
-    return (
-        pl.DataFrame(shown)
-        .select(pl.when(~nothing).then(pl.struct(pl.all()).struct.json_encode()).alias("document"))
-        .to_series()
-    )
+    shown = pl.DataFrame([_shown(column) for column in frame.get_columns()])
+    if any(_holds_list(kind) for kind in shown.dtypes):
+        rows = pl.Series([document(row) for row in shown.to_dicts()], dtype=pl.String)
+        return shown.select(pl.when(~nothing).then(rows).alias("document")).to_series()
+    encoded = pl.struct(pl.all()).struct.json_encode()
+    return shown.select(pl.when(~nothing).then(encoded).alias("document")).to_series()
+
+
+def rows_as_told(frame: pl.DataFrame) -> Callable[[int], dict[str, Any]]:
+    """What gives a row of the frame as documents() has it, for quarantine."""
+    told: list[str | None] = []
+
+    def row(at: int) -> dict[str, Any]:
+        if not told:
+            told.extend(documents(frame))
+        decoded: dict[str, Any] = json.loads(told[at] or "{}")
+        return decoded
+
+    return row
+
+
+def _shown(column: pl.Series) -> pl.Series:
+    """A column of which whatever stands outside of lists can be written as JSON."""
+    import polars as pl
+
+    kind, shown = column.dtype, column
+    if isinstance(kind, pl.Struct) and kind.fields:
+        inner = pl.DataFrame([_shown(column.struct.field(field.name)) for field in kind.fields])
+        shown = inner.select(pl.when(column.is_not_null()).then(pl.struct(pl.all()))).to_series()
+    elif isinstance(kind, pl.Datetime) or kind == pl.Binary:
+        shown = text(column)
+    elif kind.is_integer():
+        if any(abs(bound) > MAX_EXACT for bound in (column.min(), column.max()) if isinstance(bound, int)):
+            shown = column.cast(pl.String)
+    elif kind.is_float() and not column.is_finite().all():
+        shown = column.cast(pl.String)
+    return shown.alias(column.name)
+
+
+def _moments(values: pl.Series) -> pl.Series:
+    """Datetimes as ISO 8601; those before 1970 or of a year of five digits as integers, for Polars cannot show all."""
+    import polars as pl
+
+    number = values.to_physical()
+    last = min(YEAR_10000_S * PER_SECOND[values.dtype.time_unit], 2**63) - 1  # type: ignore[attr-defined]
+    known = pl.DataFrame({"at": values}).select(pl.when(number.is_between(0, last)).then("at")).to_series()
+    return known.dt.to_string("iso").fill_null(number.cast(pl.String))
+
+
+def _holds_list(kind: Any) -> bool:
+    import polars as pl
+
+    if isinstance(kind, pl.Struct):
+        return any(map(_holds_list, kind.to_schema().values()))
+    return bool(kind.is_nested())
 
 
 def has_float(value: Any) -> bool:
     """Whether a float is anywhere in a decoded JSON value."""
-    if isinstance(value, dict):
-        return any(has_float(held) for held in value.values())
-    if isinstance(value, list):
-        return any(map(has_float, value))
-    return isinstance(value, float)
+    kind = type(value)
+    if kind is dict or kind is list:
+        for held in value.values() if kind is dict else value:
+            inner = type(held)
+            if inner is float or ((inner is dict or inner is list) and has_float(held)):
+                return True
+    return kind is float
 
 
 def _safe(value: Any) -> Any:
+    """A value of which JSON can hold everything, and JavaScript does not change it."""
     if isinstance(value, dict):
         return {name: _safe(held) for name, held in value.items()}
     if isinstance(value, list):
         return [_safe(held) for held in value]
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_EXACT:
-        return str(value)
-    return value
+    if value is None or isinstance(value, (str, bool, Decimal)):
+        return value
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    fits = isinstance(value, int) and abs(value) <= MAX_EXACT
+    return value if fits or (isinstance(value, float) and math.isfinite(value)) else str(value)

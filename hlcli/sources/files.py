@@ -5,6 +5,7 @@ What a file is, its first bytes say; names lie. A file is read in batches and ne
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import re
@@ -19,6 +20,7 @@ from hlcli.sources import wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
     import polars as pl
     import pyarrow as pa
 
@@ -72,7 +74,9 @@ class Batch:
         for number, line in enumerate(self.lines, self.first_line):
             try:
                 values.append(decode(line))
-            except ValueError:
+            except (ValueError, ArithmeticError, RecursionError):
+                if not line.strip():
+                    continue
                 try:
                     values.append(_decode_exactly(line))
                 except (ValueError, ArithmeticError, RecursionError):
@@ -112,7 +116,7 @@ class File:
                     yield Batch(frame=frame)
             else:
                 yield from _json(self._plain())
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise UnusableError(f"damaged: {error}") from error
 
     def _plain(self) -> IO[bytes]:
@@ -142,7 +146,6 @@ def opened(place: Path | IO[bytes]) -> Iterator[File]:
 
 def _parquet(raw: pa.NativeFile) -> Iterator[pl.DataFrame]:
     import polars as pl
-    import pyarrow as pa
     from pyarrow import parquet
 
     size = raw.size()
@@ -150,21 +153,25 @@ def _parquet(raw: pa.NativeFile) -> Iterator[pl.DataFrame]:
     with parquet.ParquetFile(
         raw, buffer_size=CHUNK, pre_buffer=False, page_checksum_verification=True
     ) as file:
-        rows, names = file.metadata.num_rows, file.schema_arrow.names
+        rows, leaves = file.metadata.num_rows, file.metadata.num_columns
+        names = file.schema_arrow.names
         if rows > MAX_ROWS or (rows > BOMB_ROWS and rows > size):
             raise UnusableError(f"{rows:,} rows in {size:,} bytes are not believed")
-        if len(names) > MAX_COLUMNS:
-            raise UnusableError(f"{len(names):,} columns")
+        if leaves > MAX_COLUMNS:
+            raise UnusableError(f"{leaves:,} columns")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UnusableError(f"column {twice[0]!r} stands twice")
         seen = 0
         for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
             seen += batch.num_rows
+            # Parquet's text is any bytes, and Polars takes Arrow's word that it is UTF-8.
+            batch.validate(full=True)
             try:
-                yield _frame(batch)
-            except (pa.ArrowException, pl.exceptions.PolarsError) as error:
+                frame = _frame(batch)
+            except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
                 raise UnusableError(f"holds what cannot be read: {error}") from error
+            yield frame
         if seen != rows:
             raise UnusableError(f"holds {seen:,} rows of the {rows:,} that it promises")
 
@@ -174,34 +181,57 @@ def _frame(batch: pa.RecordBatch) -> pl.DataFrame:
     import polars as pl
     import pyarrow as pa
 
+    kinds = [_readable(kind) for kind in batch.schema.types]
     columns = [
-        column.cast(pa.string()) if pa.types.is_decimal(column.type) else column for column in batch.columns
+        column if column.type == kind else column.cast(kind)
+        for column, kind in zip(batch.columns, kinds, strict=True)
     ]
     frame = pl.from_arrow(pa.RecordBatch.from_arrays(columns, names=batch.schema.names))
     assert isinstance(frame, pl.DataFrame)
     return frame
 
 
+def _readable(kind: pa.DataType) -> pa.DataType:
+    """The type as which a column is handed to Polars."""
+    import pyarrow as pa
+
+    if pa.types.is_decimal(kind):
+        return pa.string()
+    if pa.types.is_date(kind):  # whose years may have too many digits to be shown
+        return pa.timestamp("ms")
+    if isinstance(kind, pa.BaseExtensionType):  # text that is marked as JSON
+        return _readable(kind.storage_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([each.with_type(_readable(each.type)) for each in kind.fields])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_readable(kind.value_type)))
+    return kind
+
+
 def _json(source: IO[bytes]) -> Iterator[Batch]:
     """JSON lines; or, when the first line is but the beginning of an array, the elements of that array."""
-    head = source.read(CHUNK)
+    head = source.read(CHUNK).removeprefix(codecs.BOM_UTF8)
     first = head.lstrip()
-    if first.startswith(b"[") and not _is_json(first.split(b"\n", 1)[0]):
+    # A line ["0x...", fill] is no array of fills, not even when it is damaged.
+    if re.match(rb'\[\s*[^"\s]|\[\s*$', first) and not _is_json(first.split(b"\n", 1)[0]):
         yield from _array(io.BufferedReader(_Joined(head, source)))
         return
     lines: list[bytes] = []
     number = size = 0
     rest, chunk = b"", head
     while chunk:
+        if not rest and chunk.isspace():  # of which a small file can hold gigabytes
+            if lines:
+                yield Batch(lines, number - len(lines) + 1)
+                lines, size = [], 0
+            number += chunk.count(b"\n")
+            chunk = source.read(CHUNK)
+            continue
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
             number += 1
-            if line and not line.isspace():
-                lines.append(line)
-                size += len(line)
-            elif lines:  # the numbers of a batch's lines run through
-                yield Batch(lines, number - len(lines))
-                lines, size = [], 0
+            lines.append(line)
+            size += len(line)
             if len(lines) >= BATCH or size >= BATCH_BYTES:
                 yield Batch(lines, number - len(lines) + 1)
                 lines, size = [], 0

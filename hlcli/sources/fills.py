@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hlcli.loader import Rejected
 from hlcli.sources import columns, times
-from hlcli.sources.files import Batch, Rows
+from hlcli.sources.files import BATCH, Batch, Rows, UnusableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,13 +44,16 @@ KINDS: dict[str, columns.Kind] = {
     "extra": "document",
 }
 NAMES = {**{columns.plain(name): name for name in KINDS if name != "extra"}, "user": "user_address"}
+# Fills of one time that are held together. No block is near it.
+MAX_HELD = 200_000
 # When a node wrote the line: no fact of the fill.
 IGNORED = ("localtime",)
 NEEDED = (*KEY, "px", "sz")
+GARBLED = "no time from 2023 to 2100"
 
 
 def read(batches: Iterable[Batch], *, user: str | None = None) -> Iterator[Rows]:
-    """Fills in frames of some 20,000 rows; the fills of a millisecond stay together.
+    """Fills in frames of some 20,000 rows, those of a small file in one; the fills of a millisecond stay together.
 
     Takes lines of node_fills_by_block {block_time, block_number, events: [[user, fill], ...]} and of node_fills
     [user, fill]; flattened fills with their user, as JSON or Parquet; and answers of userFills and
@@ -61,28 +65,39 @@ def read(batches: Iterable[Batch], *, user: str | None = None) -> Iterator[Rows]
 
     source = pl.lit("api" if user else "s3").alias("source")
     held: pl.DataFrame | None = None
-    for batch in batches:
-        if batch.frame is not None:
-            rows = _from_frame(batch.frame, user)
-        else:
-            rows = columns.exactly_if_needed(
-                batch, lambda values, exact: _from_values(values, user, exact=exact)
-            )
+    rejected: list[Rejected] = []
+    for batch, is_last in _marked(batches):
+        rows = columns.rows_of(batch, partial(_from_values, user), partial(_from_frame, user))
         frame = rows.frame if held is None else pl.concat([held, rows.frame], how="vertical_relaxed")
         # Equal keys are told apart by their order, and a batch may end between two of them.
-        whole = _before_last_time(frame)
+        whole = frame.height if is_last else _before_last_time(frame)
         held = frame.slice(whole)
-        yield Rows(numbered(frame.head(whole)).with_columns(source), rows.rejected)
-    if held is not None:
-        yield Rows(numbered(held).with_columns(source))
+        rejected += rows.rejected
+        if whole or is_last or len(rejected) >= BATCH:
+            yield Rows(numbered(frame.head(whole)).with_columns(source), rejected)
+            rejected = []
+
+
+def _marked(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether it is the last one."""
+    waiting: Batch | None = None
+    for batch in batches:
+        if waiting is not None:
+            yield waiting, False
+        waiting = batch
+    if waiting is not None:
+        yield waiting, True
 
 
 def _before_last_time(fills: pl.DataFrame) -> int:
-    """Where the last run of fills with one time begins; all of them when there is but one run."""
+    """Where the last run of fills with one time begins. Raises UnusableError for one too long to be true."""
     import polars as pl
 
     changes = fills.select((pl.col("time") != pl.col("time").shift(1)).arg_true()).to_series()
-    return int(changes[-1]) if len(changes) else fills.height
+    begins = int(changes[-1]) if len(changes) else 0
+    if fills.height - begins > MAX_HELD:
+        raise UnusableError(f"over {MAX_HELD:,} fills have one time")
+    return begins
 
 
 def numbered(fills: pl.DataFrame) -> pl.DataFrame:
@@ -104,7 +119,7 @@ def numbered(fills: pl.DataFrame) -> pl.DataFrame:
     return fills.with_columns(pl.Series("event_ix", numbers, dtype=pl.Int32))
 
 
-def _from_values(values: Sequence[Any], user: str | None, *, exact: bool) -> Rows:
+def _from_values(user: str | None, values: Sequence[Any], *, exact: bool) -> Rows:
     """Decoded JSON as rows. Raises InexactError."""
     users: list[Any] = []
     fills: list[Mapping[str, Any]] = []
@@ -119,7 +134,7 @@ def _from_values(values: Sequence[Any], user: str | None, *, exact: bool) -> Row
                 users.append(event[0])
                 fills.append(event[1])
             elif isinstance(event, dict):
-                users.append(user)
+                users.append(None)
                 # A slice of a TWAP as userTwapSliceFills tells it.
                 inner = event.get("fill")
                 fills.append({**inner, "twapId": event.get("twapId")} if isinstance(inner, dict) else event)
@@ -139,6 +154,8 @@ def _from_values(values: Sequence[Any], user: str | None, *, exact: bool) -> Row
     around = {"user_address": users, "block_time": block_times, "block_number": block_numbers}
     for name, given in around.items():
         told[name] = columns.first_of(given, told[name]) if name in told else given
+    if user is not None:
+        told["user_address"] = columns.first_of(told["user_address"], [user] * len(fills))
     extra = [key for key in unknown if columns.plain(key) not in IGNORED]
     if extra:
         left = [{key: fill[key] for key in extra if fill.get(key) is not None} for fill in fills]
@@ -147,7 +164,7 @@ def _from_values(values: Sequence[Any], user: str | None, *, exact: bool) -> Row
     return _typed(found, len(fills), lambda at: {"user": users[at], **fills[at]}, rejected)
 
 
-def _from_frame(frame: pl.DataFrame, user: str | None) -> Rows:
+def _from_frame(user: str | None, frame: pl.DataFrame) -> Rows:
     """Rows of a Parquet file as rows of ours. Raises UnusableError."""
     import polars as pl
 
@@ -158,7 +175,7 @@ def _from_frame(frame: pl.DataFrame, user: str | None) -> Rows:
     extra = [name for name in unknown if columns.plain(name) not in IGNORED]
     if extra:
         found["extra"] = columns.documents(frame.select(extra))
-    return _typed(found, frame.height, lambda at: frame.row(at, named=True), [])
+    return _typed(found, frame.height, columns.rows_as_told(frame), [])
 
 
 def _typed(
@@ -172,15 +189,14 @@ def _typed(
 
     frame, lossy = columns.typed(found, KINDS, height)
     timeless = frame["time"].is_null()
-    if timeless.any():
-        rejected = [
-            *rejected,
-            *(
-                Rejected([frame[name][at] for name in KEY], "no time from 2023 to 2100", served(at), "time")
-                for at in timeless.arg_true()
-            ),
+    garbled = {"time": timeless}
+    if "block_time" in found:
+        garbled["block_time"] = ~timeless & found["block_time"].is_not_null() & frame["block_time"].is_null()
+    for name, bad in garbled.items():
+        rejected = rejected + [
+            Rejected([frame[part][at] for part in KEY], GARBLED, served(at), name) for at in bad.arg_true()
         ]
-        frame = frame.filter(~timeless)
+    frame = frame.filter(~pl.any_horizontal(garbled.values()))
     return Rows(
         frame.with_columns(
             pl.col("user_address").str.to_lowercase(),

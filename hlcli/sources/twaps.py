@@ -80,16 +80,8 @@ def read(batches: Iterable[Batch]) -> Iterator[Rows]:
     """
     first = True
     for batch in batches:
-        if batch.frame is not None:
-            rows = _from_frame(batch.frame)
-        else:
-            rows = columns.exactly_if_needed(batch, lambda values, exact: _from_values(values, exact=exact))
-        if (
-            first
-            and rows.rejected
-            and rows.frame.is_empty()
-            and all(each.reason == TIMELESS for each in rows.rejected)
-        ):
+        rows = columns.rows_of(batch, _from_values, _from_frame)
+        if first and rows.frame.is_empty() and {each.reason for each in rows.rejected} == {TIMELESS}:
             raise TimelessError("neither an event nor a creation time")
         first = False
         yield rows
@@ -119,7 +111,7 @@ def _from_values(values: Sequence[Any], *, exact: bool) -> Rows:
             add(value if isinstance(value, list) else [value])
     told, _ = columns.of_dicts(events, NAMES)
     states = [wire.mapping(_decoded(state)) for state in told.pop("state", [])]
-    nested, _ = columns.of_dicts(states, NAMES, "state")
+    nested, _ = columns.of_dicts(states, STATE)
     for more in (nested, {"block_time": block_times, "block_number": block_numbers}):
         for name, given in more.items():
             told[name] = columns.first_of(told[name], given) if name in told else given
@@ -163,22 +155,24 @@ def _from_frame(frame: pl.DataFrame) -> Rows:
     found, _ = columns.of_frame(frame, NAMES)
     state = found.pop("state", None)
     if state is not None and isinstance(state.dtype, pl.Struct):
-        inner = state.struct.unnest()
-        nested, _ = columns.of_frame(inner.rename({name: f"state_{name}" for name in inner.columns}), NAMES)
+        nested, _ = columns.of_frame(state.struct.unnest(), STATE)
         found = {**nested, **found}
     elif state is not None:
-        texts = [wire.mapping(_decoded(each)) for each in state.cast(pl.String)]
-        told, _ = columns.of_dicts(texts, NAMES, "state")
+        texts = [wire.mapping(_decoded(each)) for each in columns.text(state)]
+        told, _ = columns.of_dicts(texts, STATE)
         found = {**{name: columns.series(told[name], KINDS[name], exact=True) for name in told}, **found}
     columns.needed(found, NEEDED)
-    statuses, errors = _statuses(found["status"].to_list())
+    status = found["status"]
+    is_struct = isinstance(status.dtype, pl.Struct)
+    told_statuses = columns.documents(status.struct.unnest()) if is_struct else columns.text(status)
+    statuses, errors = _statuses(told_statuses.to_list())
     found["status"] = pl.Series(statuses, dtype=pl.String)
     told_errors = pl.Series(errors, dtype=pl.String)
     found["status_error"] = told_errors.zip_with(
-        told_errors.is_not_null(), found.get("status_error", told_errors).cast(pl.String)
+        told_errors.is_not_null(), columns.text(found.get("status_error", told_errors))
     )
     found["raw_payload"] = columns.documents(frame)
-    return _typed(found, frame.height, lambda at: frame.row(at, named=True), [])
+    return _typed(found, frame.height, columns.rows_as_told(frame), [])
 
 
 def _typed(
