@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+import msgspec
 import polars as pl
 
 if TYPE_CHECKING:
@@ -181,6 +183,10 @@ def _jsonb(column: Column, given: pl.DataType) -> Rule:
 
 def _is_json(text: str) -> bool:
     """Whether jsonb takes the text: it refuses NaN, and the NUL character and lone surrogates in any string."""
+    if "\\u" not in text:  # then what is JSON to a strict and fast reader is JSON to jsonb
+        with suppress(ValueError, RecursionError):
+            msgspec.json.decode(text)
+            return True
     try:
         decoded = json.loads(text, parse_constant=_no_constant, parse_float=_sane_number)
         if "\\u" in text:

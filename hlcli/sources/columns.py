@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from contextlib import suppress
 from decimal import Decimal
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,18 +31,12 @@ PER_SECOND = {"ms": 10**3, "us": 10**6, "ns": 10**9}
 YEAR_10000_S = 253_402_300_800
 
 
-class InexactError(Exception):
-    """A number came as a float, or a value as another type than usual: decode once more, exactly."""
-
-
 def rows_of(
-    batch: Batch, from_values: Callable[..., Rows], from_frame: Callable[[pl.DataFrame], Rows]
+    batch: Batch,
+    from_values: Callable[[Sequence[Any]], Rows],
+    from_frame: Callable[[pl.DataFrame], Rows],
 ) -> Rows:
-    """Rows of a batch. JSON is decoded fast, and once more with every digit where that was not good enough.
-
-    `from_values` takes decoded values and whether they are `exact`, and may raise InexactError if they are not.
-    Raises UnusableError, also for a frame with values that Polars itself cannot handle.
-    """
+    """Rows of a batch. Raises UnusableError, also for a frame with values that Polars itself cannot handle."""
     import polars as pl
 
     if batch.frame is not None:
@@ -49,12 +44,8 @@ def rows_of(
             return from_frame(batch.frame)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OverflowError) as error:
             raise UnusableError(f"holds what cannot be read: {error}") from error
-    try:
-        values, rejected = batch.values(exact=False)
-        rows = from_values(values, exact=batch.elements is not None)
-    except InexactError:
-        values, rejected = batch.values(exact=True)
-        rows = from_values(values, exact=True)
+    values, rejected = batch.values()
+    rows = from_values(values)
     return Rows(rows.frame, [*rejected, *rows.rejected])
 
 
@@ -109,27 +100,23 @@ def needed(found: Mapping[str, Any], names: Iterable[str]) -> None:
         raise UnusableError(f"has no column for {', '.join(missing)}")
 
 
-def series(values: Sequence[Any], kind: Kind, *, exact: bool) -> pl.Series:
-    """Decoded JSON values as a column: of the usual type of its kind, or of text with `exact`. Raises InexactError."""
+def series(values: Sequence[Any], kind: Kind) -> pl.Series:
+    """Decoded JSON values as a column: of the usual type of its kind or, when one is of another type, of text."""
     import polars as pl
 
-    if exact:
-        show = document if kind == "document" else wire.text
-        return pl.Series([show(value) for value in values], dtype=pl.String)
+    if kind == "document":
+        return pl.Series([document(value) for value in values], dtype=pl.String)
     first = next((value for value in values if value is not None), None)
     usual: type[pl.DataType] = pl.String
     if kind == "boolean":
         usual = pl.Boolean
     elif kind == "integer" or (kind == "time" and isinstance(first, int)):
         usual = pl.Int64
-        if bool in set(map(type, values)):  # which Polars takes for 0 and 1
-            raise InexactError
-    try:
-        if kind == "document":
-            values = [_document(value) for value in values]
-        return pl.Series(values, dtype=usual, strict=True)
-    except (TypeError, ValueError, OverflowError, RecursionError, pl.exceptions.PolarsError):
-        raise InexactError from None
+    # Polars takes booleans for 0 and 1.
+    if usual != pl.Int64 or bool not in set(map(type, values)):
+        with suppress(TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+            return pl.Series(values, dtype=usual, strict=True)
+    return pl.Series([wire.text(value) for value in values], dtype=pl.String)
 
 
 def typed(
@@ -219,24 +206,18 @@ def document(value: Any) -> str | None:
 
     What JSON cannot hold (NaN) and what JavaScript would change (integers beyond 2**53) becomes text.
     """
+    import msgspec
+
+    if value is None or isinstance(value, str):
+        return wire.text(value)
     try:
+        if _is_plain(value):
+            return msgspec.json.encode(value).decode()
+        return wire.text(_safe(value))
+    except UnicodeEncodeError:  # a lone surrogate
         return wire.text(_safe(value))
     except RecursionError:
         return "\0"
-
-
-def _document(value: Any) -> str | None:
-    """The same, faster. Raises InexactError for floats; TypeError or RecursionError for what is hard to write down."""
-    import orjson
-
-    if value is None or isinstance(value, str):
-        return value
-    if has_float(value):
-        raise InexactError
-    try:
-        return orjson.dumps(value, option=orjson.OPT_STRICT_INTEGER).decode()
-    except TypeError:
-        return orjson.dumps(_safe(value)).decode()
 
 
 def documents(frame: pl.DataFrame) -> pl.Series:
@@ -301,15 +282,16 @@ def _holds_list(kind: Any) -> bool:
     return bool(kind.is_nested())
 
 
-def has_float(value: Any) -> bool:
-    """Whether a float is anywhere in a decoded JSON value."""
+def _is_plain(value: Any) -> bool:
+    """Whether all of a decoded value is what JSON and JavaScript hold as it is, numbers being integers."""
     kind = type(value)
-    if kind is dict or kind is list:
-        for held in value.values() if kind is dict else value:
-            inner = type(held)
-            if inner is float or ((inner is dict or inner is list) and has_float(held)):
-                return True
-    return kind is float
+    if kind is str or value is None or kind is bool:
+        return True
+    if kind is int:
+        return bool(-MAX_EXACT <= value <= MAX_EXACT)
+    if kind is dict:
+        return all(map(_is_plain, value.values()))
+    return kind is list and all(map(_is_plain, value))
 
 
 def _safe(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import re
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from hlcli.loader import Rejected
@@ -44,6 +45,12 @@ KINDS: dict[str, columns.Kind] = {
     "extra": "document",
 }
 NAMES = {**{columns.plain(name): name for name in KINDS if name != "extra"}, "user": "user_address"}
+# What a node calls them, but for those that it tells beside the fill.
+WIRE_NAMES = {
+    name: re.sub("_(.)", lambda found: found[1].upper(), name)
+    for name in KINDS
+    if name not in {"user_address", "block_time", "block_number", "extra"}
+}
 # Fills of one time that are held together. No block is near it.
 MAX_HELD = 200_000
 # When a node wrote the line: no fact of the fill.
@@ -67,7 +74,9 @@ def read(batches: Iterable[Batch], *, user: str | None = None) -> Iterator[Rows]
     held: pl.DataFrame | None = None
     rejected: list[Rejected] = []
     for batch, is_last in _marked(batches):
-        rows = columns.rows_of(batch, partial(_from_values, user), partial(_from_frame, user))
+        rows = _from_blocks(batch) or columns.rows_of(
+            batch, partial(_from_values, user), partial(_from_frame, user)
+        )
         frame = rows.frame if held is None else pl.concat([held, rows.frame], how="vertical_relaxed")
         # Equal keys are told apart by their order, and a batch may end between two of them.
         whole = frame.height if is_last else _before_last_time(frame)
@@ -119,8 +128,54 @@ def numbered(fills: pl.DataFrame) -> pl.DataFrame:
     return fills.with_columns(pl.Series("event_ix", numbers, dtype=pl.Int32))
 
 
-def _from_values(user: str | None, values: Sequence[Any], *, exact: bool) -> Rows:
-    """Decoded JSON as rows. Raises InexactError."""
+@cache
+def _block_decoder() -> Callable[[bytes], Any]:
+    """Decodes a line by block of which every field is known and of its usual type; ValueError for any other."""
+    import msgspec
+
+    types = {"text": str, "number": str, "integer": int, "time": int, "boolean": bool}
+    fields: list[tuple[str, Any, None]] = [
+        (wire_name, types[KINDS[name]] | None if KINDS[name] in types else msgspec.Raw, None)
+        for name, wire_name in WIRE_NAMES.items()
+    ]
+    fill = msgspec.defstruct("Fill", fields, forbid_unknown_fields=True, gc=False)
+    around = [("events", list[tuple[str, fill]]), ("block_time", str), ("block_number", int)]  # type: ignore[valid-type]
+    return msgspec.json.Decoder(msgspec.defstruct("Block", around, gc=False)).decode
+
+
+def _from_blocks(batch: Batch) -> Rows | None:
+    """The rows of lines by block as nodes write them, at half the price of _from_values(); None for anything else."""
+    import polars as pl
+    from msgspec.structs import astuple
+
+    decode = _block_decoder()
+    try:
+        blocks = [decode(line) for line in batch.lines]
+    except (ValueError, RecursionError):
+        return None
+    events = [event for block in blocks for event in block.events]
+    if not events:
+        return None
+    users, fills = zip(*events, strict=True)
+    told: dict[str, Sequence[Any]] = dict(
+        zip(WIRE_NAMES, zip(*map(astuple, fills), strict=True), strict=True)
+    )
+    told["user_address"] = users
+    told["block_time"] = [block.block_time for block in blocks for _ in block.events]
+    told["block_number"] = [block.block_number for block in blocks for _ in block.events]
+    told["liquidation"] = [raw and _json_text(raw) for raw in told["liquidation"]]
+    found = {name: columns.series(told[name], KINDS[name]) for name in told if name != "liquidation"}
+    found["liquidation"] = pl.Series(told["liquidation"], dtype=pl.String)
+    return _typed(found, len(fills), lambda at: {name: values[at] for name, values in told.items()}, [])
+
+
+def _json_text(raw: Any) -> str | None:
+    text = bytes(raw).decode()
+    return None if text == "null" else text
+
+
+def _from_values(user: str | None, values: Sequence[Any]) -> Rows:
+    """Decoded JSON as rows."""
     users: list[Any] = []
     fills: list[Mapping[str, Any]] = []
     block_times: list[Any] = []
@@ -160,7 +215,7 @@ def _from_values(user: str | None, values: Sequence[Any], *, exact: bool) -> Row
     if extra:
         left = [{key: fill[key] for key in extra if fill.get(key) is not None} for fill in fills]
         told["extra"] = [each or None for each in left]
-    found = {name: columns.series(told[name], KINDS[name], exact=exact) for name in told}
+    found = {name: columns.series(told[name], KINDS[name]) for name in told}
     return _typed(found, len(fills), lambda at: {"user": users[at], **fills[at]}, rejected)
 
 

@@ -87,8 +87,8 @@ def read(batches: Iterable[Batch]) -> Iterator[Rows]:
         yield rows
 
 
-def _from_values(values: Sequence[Any], *, exact: bool) -> Rows:
-    """Decoded JSON as rows. Raises InexactError."""
+def _from_values(values: Sequence[Any]) -> Rows:
+    """Decoded JSON as rows."""
     events: list[Mapping[str, Any]] = []
     block_times: list[Any] = []
     block_numbers: list[Any] = []
@@ -119,7 +119,7 @@ def _from_values(values: Sequence[Any], *, exact: bool) -> Rows:
         told["status"], errors = _statuses(told["status"])
         told["status_error"] = columns.first_of(errors, told.get("status_error", errors))
     told["raw_payload"] = events
-    found = {name: columns.series(told[name], KINDS[name], exact=exact) for name in told}
+    found = {name: columns.series(told[name], KINDS[name]) for name in told}
     return _typed(found, len(events), events.__getitem__, rejected)
 
 
@@ -160,7 +160,7 @@ def _from_frame(frame: pl.DataFrame) -> Rows:
     elif state is not None:
         texts = [wire.mapping(_decoded(each)) for each in columns.text(state)]
         told, _ = columns.of_dicts(texts, STATE)
-        found = {**{name: columns.series(told[name], KINDS[name], exact=True) for name in told}, **found}
+        found = {**{name: columns.series(told[name], KINDS[name]) for name in told}, **found}
     columns.needed(found, NEEDED)
     status = found["status"]
     is_struct = isinstance(status.dtype, pl.Struct)

@@ -20,11 +20,11 @@ CODECS = (None, "lz4", "gzip", "zstd")
 SKIPPABLE = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
 
 
-def decoded(body, *, exact=True):
+def decoded(body):
     """(values, rejected) of all batches."""
     values, rejected = [], []
     for batch in batches(body):
-        more, bad = batch.values(exact=exact)
+        more, bad = batch.values()
         values += more
         rejected += bad
     return values, rejected
@@ -87,7 +87,7 @@ def test_a_file_object_and_a_path_are_the_same(tmp_path):
     with files.opened(tmp_path / "misnamed.parquet") as file:
         assert file.position == 0
         for batch in file.batches():
-            assert batch.values(exact=False) == ([{"n": 1}], [])
+            assert batch.values() == ([{"n": 1}], [])
             assert file.position == (tmp_path / "misnamed.parquet").stat().st_size
 
 
@@ -98,7 +98,7 @@ def test_batches_are_bounded_in_events_and_bytes(monkeypatch):
     for body in (lines(*given), json.dumps(given, indent=1).encode(), as_parquet({"n": list(range(950))})):
         sizes, found = [], []
         for batch in batches(body):
-            rows = batch.values(exact=True)[0] if batch.frame is None else batch.frame.to_dicts()
+            rows = batch.values()[0] if batch.frame is None else batch.frame.to_dicts()
             sizes.append(len(rows))
             found += rows
         assert found == given
@@ -122,14 +122,13 @@ def test_a_bad_line_is_rejected_by_its_number_and_the_others_stay(monkeypatch):
         b'{"a":1e9999999999999999999}',
     ]
     monkeypatch.setattr(files, "BATCH", 3)
-    for exact in (True, False):
-        body = b"".join(b'{"n":%d}\n\n%s\n' % (number, line) for number, line in enumerate(bad))
-        values, rejected = decoded(body, exact=exact)
-        assert values == [{"n": number} for number in range(len(bad))]
-        assert [(each.key, each.reason) for each in rejected] == [
-            ([f"line {3 * number + 3}"], "not_json") for number in range(len(bad))
-        ]
-        assert rejected[1].payload == "<html>"
+    body = b"".join(b'{"n":%d}\n\n%s\n' % (number, line) for number, line in enumerate(bad))
+    values, rejected = decoded(body)
+    assert values == [{"n": number} for number in range(len(bad))]
+    assert [(each.key, each.reason) for each in rejected] == [
+        ([f"line {3 * number + 3}"], "not_json") for number in range(len(bad))
+    ]
+    assert rejected[1].payload == "<html>"
 
 
 def test_the_first_line_of_pairs_may_be_bad():
@@ -358,7 +357,7 @@ def test_hundreds_of_megabytes_of_blank_lines_are_passed_over():
     blank = packed(b"\n" * (32 << 20), "zstd")
     assert len(blank) < 10_000
     found = list(batches(packed(b'{"n":1}\n', "zstd") + blank * 4 + packed(b'x\n{"n":2}', "zstd")))
-    rejected = [each.key for batch in found for each in batch.values(exact=True)[1]]
+    rejected = [each.key for batch in found for each in batch.values()[1]]
     assert rejected == [[f"line {(32 << 20) * 4 + 2}"]]
 
 

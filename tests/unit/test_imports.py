@@ -35,7 +35,7 @@ HEAVY = {
     "pyarrow",
     "boto3",
     "botocore",
-    "orjson",
+    "msgspec",
     "requests",
     "fastapi",
     "pydantic",
