@@ -114,7 +114,7 @@ def series(values: Sequence[Any], kind: Kind) -> pl.Series:
         usual = pl.Int64
     # Polars takes booleans for 0 and 1.
     if usual != pl.Int64 or bool not in set(map(type, values)):
-        with suppress(TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+        with suppress(TypeError, ValueError, OverflowError, RuntimeError, pl.exceptions.PolarsError):
             return pl.Series(values, dtype=usual, strict=True)
     return pl.Series([wire.text(value) for value in values], dtype=pl.String)
 
