@@ -49,6 +49,12 @@ class UnusableError(ValueError):
     """Whether it was not written badly but lacks something: reading it again will not help."""
 
 
+class LackingError(UnusableError):
+    """The file is sound but does not tell what it must."""
+
+    final = True
+
+
 @dataclass(slots=True)
 class Batch:
     """A stretch of a file: lines of JSON, or decoded elements of a JSON array, or rows of a Parquet file."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hlcli.loader import Rejected
 from hlcli.sources import columns, times
-from hlcli.sources.files import BATCH, Batch, Rows, UnusableError
+from hlcli.sources.files import BATCH, Batch, LackingError, Rows, UnusableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,7 +66,7 @@ def read(batches: Iterable[Batch], *, user: str | None = None) -> Iterator[Rows]
     [user, fill]; flattened fills with their user, as JSON or Parquet; and answers of userFills and
     userTwapSliceFills, which do not say whose fills they are: `user` does, and then the API is their source.
 
-    Raises UnusableError for a file that lacks a column or is damaged.
+    Raises UnusableError for a file that lacks a column or is damaged, LackingError for one that names no user.
     """
     import polars as pl
 
@@ -77,6 +77,8 @@ def read(batches: Iterable[Batch], *, user: str | None = None) -> Iterator[Rows]
         rows = _from_blocks(batch) or columns.rows_of(
             batch, partial(_from_values, user), partial(_from_frame, user)
         )
+        if held is None and 0 < rows.frame.height == rows.frame["user_address"].null_count():
+            raise LackingError("does not say whose fills these are (with --local-file, --user does)")
         frame = rows.frame if held is None else pl.concat([held, rows.frame], how="vertical_relaxed")
         # Equal keys are told apart by their order, and a batch may end between two of them.
         whole = frame.height if is_last else _before_last_time(frame)

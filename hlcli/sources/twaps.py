@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hlcli.loader import Rejected
 from hlcli.sources import columns, times, wire
-from hlcli.sources.files import Batch, Rows, UnusableError
+from hlcli.sources.files import Batch, LackingError, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,12 +63,6 @@ TIMELESS = "no time"
 GARBLED = "no time from 2023 to 2100"
 
 
-class TimelessError(UnusableError):
-    """The file tells of no event when it happened."""
-
-    final = True
-
-
 def read(batches: Iterable[Batch]) -> Iterator[Rows]:
     """Events in frames of some 20,000 rows.
 
@@ -76,13 +70,13 @@ def read(batches: Iterable[Batch]) -> Iterator[Rows]:
     Parquet with flat state_* columns, a struct `state` or one of JSON text. `ts` is when the event happened; of
     files that do not say, when its block was made; else when the TWAP was created.
 
-    Raises UnusableError for a file that is damaged or lacks a column, TimelessError for one without any time.
+    Raises UnusableError for a file that is damaged or lacks a column, LackingError for one without any time.
     """
     first = True
     for batch in batches:
         rows = columns.rows_of(batch, _from_values, _from_frame)
         if first and rows.frame.is_empty() and {each.reason for each in rows.rejected} == {TIMELESS}:
-            raise TimelessError("neither an event nor a creation time")
+            raise LackingError("neither an event nor a creation time")
         first = False
         yield rows
 

@@ -495,11 +495,10 @@ def test_of_a_name_that_stands_twice_the_last_counts():
     assert row["px"] == "5.00"
 
 
-def test_a_file_of_twaps_gives_no_row_that_could_be_stored():
-    for body in (lines(event(1), event(2)), lines(block([event(1)]))):
-        rows, rejected = read(fills, body)
-        assert [row["coin"] for row in rows] == [None] * len(rows)
-        assert len(rows) + len(rejected) > 0
+def test_a_file_that_names_no_user_is_refused_and_asks_for_one():
+    for body in (lines(event(1), event(2)), lines(block([event(1)])), lines(fill(1), fill(2))):
+        with pytest.raises(files.LackingError, match="whose fills .* --user"):
+            read(fills, body)
     with pytest.raises(UnusableError, match="has no column for user_address, coin"):
         read(fills, as_parquet({"time": [T0_NS], "twap_id": [1], "status": ["activated"]}))
 

@@ -444,7 +444,7 @@ def test_one_event_without_any_time_is_rejected_but_a_file_of_them_is_refused():
         lines(timeless, timeless),
         as_parquet(flat_columns(Time=None, Block_Time=None, State_Timestamp=None)),
     ):
-        with pytest.raises(twaps.TimelessError):
+        with pytest.raises(files.LackingError):
             read(twaps, body)
 
 
