@@ -20,7 +20,10 @@ from pathlib import Path
 
 import psycopg
 
-from hlcli.sim import objects
+from hlcli.sim.fill_files import BY_BLOCK, FillShape, write_fills
+from hlcli.sim.fills import fills
+from hlcli.sim.twap_files import TwapShape, write_twaps
+from hlcli.sim.twaps import twaps
 from tests.bench.server import private_server, psql, timed
 
 HOUR = 1_790_000_000 // 3600
@@ -34,26 +37,26 @@ def in_own_process(function: Callable[..., int], *arguments: object) -> int:
         return pool.submit(function, *arguments).result()
 
 
-def make_fills(folder: Path, rows: int, files: int, shape: objects.FillShape, suffix: str) -> int:
+def make_fills(folder: Path, rows: int, files: int, shape: FillShape, suffix: str) -> int:
     """Write files of so many fills in all; a Parquet file as a single row group. Returns how many there are."""
     from itertools import groupby
 
-    parts = objects.fills(1, HOUR, rows // files, files)
+    parts = fills(1, HOUR, rows // files, files)
     return sum(
-        objects.write_fills(
+        write_fills(
             folder / f"{hour}{suffix}", (part.rows for part in those), shape, whole=shape.layout == "parquet"
         )
         for hour, those in groupby(parts, lambda part: part.hour)
     )
 
 
-def make_twaps(folder: Path, rows: int, files: int, shape: objects.TwapShape, suffix: str) -> int:
+def make_twaps(folder: Path, rows: int, files: int, shape: TwapShape, suffix: str) -> int:
     """Write files of so many events in all, but for those of TWAPs that have not ended. Returns how many there are."""
     hours = 24
-    events = objects.twaps(1, HOUR, rows // 2 // hours, hours)
+    events = twaps(1, HOUR, rows // 2 // hours, hours)
     size = -(-events.height // files)
     return sum(
-        objects.write_twaps(folder / f"{number}{suffix}", frame, shape)
+        write_twaps(folder / f"{number}{suffix}", frame, shape)
         for number, frame in enumerate(events.iter_slices(size))
     )
 
@@ -124,10 +127,10 @@ def main() -> None:
     with private_server() as url:
         timed({"DATABASE_URL": url}, "init")
         cases = {
-            "fills": [("fills", "fills", make_fills, objects.BY_BLOCK, ".lz4")],
+            "fills": [("fills", "fills", make_fills, BY_BLOCK, ".lz4")],
             "twaps": [
-                ("twap_status", "twap", make_twaps, objects.TwapShape("lines"), ".lz4"),
-                ("twap_status", "twap", make_twaps, objects.TwapShape("columns"), ".parquet"),
+                ("twap_status", "twap", make_twaps, TwapShape("lines"), ".lz4"),
+                ("twap_status", "twap", make_twaps, TwapShape("columns"), ".parquet"),
             ],
         }
         for table, command, make, shape, suffix in (case for name in what for case in cases.get(name, ())):
@@ -137,12 +140,12 @@ def main() -> None:
                 compare(url, table, command, Path(folder), rows, given.rounds)
         if "memory" in what:
             print("peak memory of one file:")
-            parquet, twaps = objects.FillShape("parquet"), objects.TwapShape("lines")
+            parquet, lines = FillShape("parquet"), TwapShape("lines")
             for rows in (MEMORY_ROWS, given.large):
-                peak(url, "fills", "fills", "fills by block", make_fills, rows, objects.BY_BLOCK, ".lz4")
+                peak(url, "fills", "fills", "fills by block", make_fills, rows, BY_BLOCK, ".lz4")
                 peak(url, "fills", "fills", "fills, one row group", make_fills, rows, parquet, ".parquet")
             for rows in (MEMORY_ROWS // 5, MEMORY_ROWS):
-                peak(url, "twap_status", "twap", "TWAPs by line", make_twaps, rows, twaps, ".lz4")
+                peak(url, "twap_status", "twap", "TWAPs by line", make_twaps, rows, lines, ".lz4")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ import pyarrow as pa
 import pytest
 
 from hlcli.sim import objects
-from hlcli.sim.objects import HOUR_NS, SYSTEM_ADDRESS, ZERO_HASH, FillShape, TwapShape
+from hlcli.sim.columns import HOUR_NS, text_of
+from hlcli.sim.files import BLOCK
+from hlcli.sim.fill_files import BY_BLOCK, FillShape, fill_rows, write_fills
+from hlcli.sim.fills import CASCADE, DUST_USERS, SYSTEM_ADDRESS, ZERO_HASH
+from hlcli.sim.fills import fills as fills_of
+from hlcli.sim.twap_files import TwapShape, write_twaps
+from hlcli.sim.twaps import twaps
 from hlcli.sim.values import decimal_text
 
 HOUR = 498_000
@@ -27,7 +33,7 @@ def by_hour(parts):
 
 @pytest.fixture(scope="module")
 def files():
-    return by_hour(objects.fills(1, HOUR, COUNT, 3))
+    return by_hour(fills_of(1, HOUR, COUNT, 3))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,7 @@ def fills(files):
 
 @pytest.fixture(scope="module")
 def events():
-    return objects.twaps(1, HOUR, 40, 12)
+    return twaps(1, HOUR, 40, 12)
 
 
 def text(path):
@@ -66,17 +72,17 @@ def test_numbers_are_written_as_by_the_rest_of_the_simulator(rng):
     numbers = [0, 1, -1, 10, -10, 10**15, *(rng.randrange(-(10**12), 10**12) for _ in range(200))]
     frame = pl.DataFrame({"n": numbers})
     for decimals in range(11):
-        ours = frame.select(objects.text_of(pl.col("n"), 10**decimals)).to_series().to_list()
+        ours = frame.select(text_of(pl.col("n"), 10**decimals)).to_series().to_list()
         assert ours == [decimal_text(number, decimals) for number in numbers]
 
 
 def test_the_same_seed_hour_and_count_make_the_same_fills(files):
-    again = by_hour(objects.fills(1, HOUR, COUNT, 3))
+    again = by_hour(fills_of(1, HOUR, COUNT, 3))
     assert all(again[hour].equals(files[hour]) for hour in files)
-    other = by_hour(objects.fills(2, HOUR, COUNT))[HOUR]
+    other = by_hour(fills_of(2, HOUR, COUNT))[HOUR]
     assert set(other["tid"]) & set(files[HOUR]["tid"]) == {0}
     # A later hour of a longer row of hours tells of the same trades.
-    alone = by_hour(objects.fills(1, HOUR + 1, COUNT))[HOUR + 1]
+    alone = by_hour(fills_of(1, HOUR + 1, COUNT))[HOUR + 1]
     own = files[HOUR + 1].filter(pl.col("block_ns") > HOUR_NS * (HOUR + 1))
     assert set(alone["tid"]) >= set(own["tid"])
 
@@ -115,14 +121,14 @@ def test_a_file_is_cut_by_arrival(files):
         assert before.sum() < 0.02 * COUNT
         assert (frame["block_ns"] < frame["local_ns"]).all()
         assert (frame["time"] == frame["block_ns"] // 10**6).all()
-        lines = frame.select(objects._BLOCK).unique()
+        lines = frame.select(BLOCK).unique()
         assert lines.height == frame["block_number"].n_unique() == frame["block_ns"].n_unique()
 
 
 def test_blocks_hold_one_fill_or_hundreds(fills):
     sizes = fills.group_by("block_number").len()["len"]
     assert sizes.min() == 1
-    assert sizes.max() >= 2 * objects.CASCADE
+    assert sizes.max() >= 2 * CASCADE
     assert 5 < sizes.mean() < 20
 
 
@@ -177,7 +183,7 @@ def test_slices_have_no_hash_and_only_their_owner_has_the_number(fills):
     assert 0.08 < slices.height / fills.height < 0.2
     assert slices.filter("crossed")["twap_id"].null_count() == 0
     assert fills.filter(~pl.col("crossed"))["twap_id"].drop_nulls().is_empty()
-    orders = objects.twaps(1, HOUR - 2, hours=5).unique("twap_id")
+    orders = twaps(1, HOUR - 2, hours=5).unique("twap_id")
     owned = slices.filter("crossed").join(orders, on="twap_id", suffix="_twap")
     assert owned.height == slices.filter("crossed").height
     assert (owned["user"] == owned["user_twap"]).all()
@@ -188,18 +194,18 @@ def test_slices_have_no_hash_and_only_their_owner_has_the_number(fills):
 def test_dust_has_one_order_no_trade_and_rows_that_differ_in_size_alone(files):
     for frame in files.values():
         dust = frame.filter(pl.col("dir") == DUST)
-        assert dust.height == 2 * objects.DUST_USERS
+        assert dust.height == 2 * DUST_USERS
         for name in ("tid", "oid", "time", "hash", "coin", "block_number"):
             assert dust[name].n_unique() == 1, name
         assert (dust["tid"][0], dust["hash"][0]) == (0, ZERO_HASH)
         assert frame.filter(pl.col("tid") == 0).height == dust.height
         sold = dust.filter(pl.col("side") == "A")
-        assert sold["user"].n_unique() == objects.DUST_USERS
+        assert sold["user"].n_unique() == DUST_USERS
         assert (sold["sz"] == sold["start_position"]).all()
-        bought = objects.fill_rows([frame], objects.BY_BLOCK)
+        bought = fill_rows([frame], BY_BLOCK)
         numbers = [row["event_ix"] for row in bought if row["user_address"] == SYSTEM_ADDRESS]
-        assert numbers == list(range(objects.DUST_USERS))
-        assert Counter(row["event_ix"] > 0 for row in bought)[True] == objects.DUST_USERS - 1
+        assert numbers == list(range(DUST_USERS))
+        assert Counter(row["event_ix"] > 0 for row in bought)[True] == DUST_USERS - 1
 
 
 # --- TWAPs ---------------------------------------------------------------------------------------------------
@@ -231,7 +237,7 @@ def test_a_twap_is_activated_and_ends_once_if_at_all(events):
     assert min(ends.values()) > 10
     assert events["time_ns"].is_sorted()
     assert events["time_ns"].is_between(HOUR * HOUR_NS, (HOUR + 12) * HOUR_NS, closed="left").all()
-    assert objects.twaps(1, HOUR, 40, 12).equals(events)
+    assert twaps(1, HOUR, 40, 12).equals(events)
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -245,7 +251,7 @@ ORDER = (
 def test_lines_of_fills_have_the_recorded_shapes(tmp_path, files, recorded):
     folder = recorded / "s3/node_fills"
     theirs = decoded(folder / "nodeindexer_liquidation_line.jsonl")[0]
-    objects.write_fills(tmp_path / "blocks.lz4", [files[HOUR]], objects.BY_BLOCK)
+    write_fills(tmp_path / "blocks.lz4", [files[HOUR]], BY_BLOCK)
     ours = decoded(tmp_path / "blocks.lz4")
     assert {tuple(line) for line in ours} == {tuple(theirs)}
     assert len(ours[0]["block_time"]) == len(theirs["block_time"])
@@ -255,7 +261,7 @@ def test_lines_of_fills_have_the_recorded_shapes(tmp_path, files, recorded):
     )
     assert shape(liquidated) == shape(theirs["events"][0][1])
     assert all(list(fill) == [name for name in ORDER if name in fill] for fill in told)
-    objects.write_fills(tmp_path / "flat.jsonl", [files[HOUR]], FillShape("flat"))
+    write_fills(tmp_path / "flat.jsonl", [files[HOUR]], FillShape("flat"))
     kinds = [shape(fill) for fill in decoded(tmp_path / "flat.jsonl")]
     assert all(shape(fill) in kinds for fill in decoded(folder / "vigil_notebook_fills.jsonl"))
 
@@ -267,11 +273,11 @@ def test_lines_of_twaps_have_the_recorded_shapes(tmp_path, events, recorded):
         ("blocks", "quicknode_20251204.jsonl"),
     ):
         path = tmp_path / f"{layout}.jsonl"
-        assert objects.write_twaps(path, events, TwapShape(layout)) == events.height
+        assert write_twaps(path, events, TwapShape(layout)) == events.height
         ours, theirs = decoded(path)[0], decoded(folder / name)[0]
         assert shape(ours) == shape(theirs)
         assert shape(ours.get("events", [ours])[0]) == shape(theirs.get("events", [theirs])[0])
-    objects.write_twaps(tmp_path / "columns.parquet", events, TwapShape("columns"))
+    write_twaps(tmp_path / "columns.parquet", events, TwapShape("columns"))
     served = json.loads((folder / "bitquery_twap_statuses_BNB.json").read_text())
     columns = {name: kind for name, kind in shape(served[0]).items() if "Extra" not in name}
     row = pl.read_parquet(tmp_path / "columns.parquet").row(0, named=True)
@@ -284,13 +290,13 @@ def test_parquet_of_fills_tells_what_the_lines_tell(tmp_path, fills, times, numb
     rows = fills.head(300)
     path = tmp_path / "fills.parquet"
     made = FillShape("parquet", snake=times == "us", times=times, numbers=numbers)
-    objects.write_fills(path, [rows.head(100), rows.tail(200)], made, whole=numbers == "decimal")
+    write_fills(path, [rows.head(100), rows.tail(200)], made, whole=numbers == "decimal")
     told = pl.read_parquet(path)
     snake = made.snake
     served = told["start_position" if snake else "startPosition"]
     dtype = {"text": pl.String, "decimal": pl.Decimal(38, 12), "double": pl.Float64}[numbers]
     assert served.dtype == dtype
-    truth = objects.fill_rows([rows], made)
+    truth = fill_rows([rows], made)
     numbers_told = [Decimal(str(each)) for each in served]
     assert numbers_told == [row["start_position"] for row in truth]
     assert {row["lossy_numeric"] for row in truth} == {True if numbers == "double" else None}
@@ -313,7 +319,7 @@ def test_a_parquet_file_has_a_row_group_a_frame_or_one(tmp_path, fills):
     frames = [fills.head(100), fills.tail(200)]
     for whole, groups in ((False, 2), (True, 1)):
         path = tmp_path / f"{whole}.parquet"
-        assert objects.write_fills(path, iter(frames), FillShape("parquet"), whole=whole) == 300
+        assert write_fills(path, iter(frames), FillShape("parquet"), whole=whole) == 300
         with parquet.ParquetFile(path) as file:
             assert (file.num_row_groups, file.metadata.num_rows) == (groups, 300)
 
