@@ -61,7 +61,7 @@ def _outlive_readers(stream: Any) -> None:
             io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
             encoding=stream.encoding,
             errors=stream.errors,
-            line_buffering=stream.line_buffering,
+            line_buffering=stream.line_buffering or stream.write_through,
             write_through=stream.write_through,
         ),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from hlcli.settings import Settings
 
 MAX_OBJECTS = 1_000_000
+MAX_PAGES = 10_000
 CHUNK = 1 << 20
 CONNECT_TIMEOUT = 10
 READ_TIMEOUT = 60
-# boto3 repeats a request that failed, but not one whose body broke off.
+# boto3 repeats a request that failed; one whose body broke off we repeat ourselves.
 ATTEMPTS = 3
 PAUSE_S = 1.0
 _DENIED = {"AccessDenied", "403", "Forbidden", "AllAccessDisabled", "AccountProblem"}
@@ -110,7 +111,11 @@ class S3:
         number = 0
         with _translated(f"s3://{bucket}/{prefix}", ConfigError):
             try:
-                for page in pages:
+                for turn, page in enumerate(pages):
+                    if turn >= MAX_PAGES:
+                        raise TemporaryError(
+                            f"s3://{bucket}/{prefix}: the listing has over {MAX_PAGES:,} pages"
+                        )
                     for found in page.get("Contents", ()):
                         number += 1
                         if number > MAX_OBJECTS:
@@ -147,43 +152,45 @@ class S3:
         """
         where = f"s3://{stored.bucket}/{stored.key}"
         for attempt in range(1, ATTEMPTS + 1):
+            with _translated(where, ObjectError):
+                answer = self._client.get_object(
+                    Bucket=stored.bucket, Key=stored.key, IfMatch=f'"{stored.etag}"', RequestPayer=self._payer
+                )
             try:
-                with _translated(where, ObjectError):
-                    self._download(stored, file, until)
-            except (GoneError, ReplacedError):
-                raise
+                # Not as its own context manager, which would give the bare stream and check no checksum.
+                with _translated(where, ObjectError), closing(answer["Body"]) as body:
+                    digest = _copy(stored, body, file, until)
+                    # The ETag of an object uploaded in one piece and not encrypted with a key of its owner's is its MD5.
+                    plain = answer.get("ServerSideEncryption") in {None, "AES256"} and len(stored.etag) == 32
+                    if plain and digest != stored.etag:
+                        raise ObjectError(f"{where}: what came is not what its ETag says")
             except ObjectError as error:
-                if attempt == ATTEMPTS or isinstance(error, DeniedError) or (until is not None and until()):
+                if attempt == ATTEMPTS or (until is not None and until()):
                     raise
                 log.info("attempt %d: %s", attempt, one_line(error))
                 time.sleep(self._pause_s * attempt)
             else:
                 return
 
-    def _download(self, stored: StoredObject, file: IO[bytes], until: Callable[[], bool] | None) -> None:
-        answer = self._client.get_object(
-            Bucket=stored.bucket, Key=stored.key, IfMatch=f'"{stored.etag}"', RequestPayer=self._payer
-        )
-        where = f"s3://{stored.bucket}/{stored.key}"
-        digest, size = hashlib.md5(usedforsecurity=False), 0
-        file.seek(0)
-        file.truncate()
-        with answer["Body"] as body:
-            while chunk := body.read(CHUNK):
-                size += len(chunk)
-                if size > stored.size:
-                    break
-                if until is not None and until():
-                    raise ObjectError(f"{where}: ended by the deadline")
-                digest.update(chunk)
-                file.write(chunk)
-        file.flush()
-        if size != stored.size:
-            raise ObjectError(f"{where}: {size:,} bytes came of {stored.size:,} that were listed")
-        # The ETag of an object uploaded in one piece and not encrypted with a key of its owner's is its MD5.
-        plain = answer.get("ServerSideEncryption") in {None, "AES256"} and len(stored.etag) == 32
-        if plain and digest.hexdigest() != stored.etag:
-            raise ObjectError(f"{where}: what came is not what its ETag says")
+
+def _copy(stored: StoredObject, body: IO[bytes], file: IO[bytes], until: Callable[[], bool] | None) -> str:
+    """Write a body to a file; returns its MD5. Raises ObjectError when it is of another size than was listed."""
+    where = f"s3://{stored.bucket}/{stored.key}"
+    digest, size = hashlib.md5(usedforsecurity=False), 0
+    file.seek(0)
+    file.truncate()
+    while chunk := body.read(CHUNK):
+        size += len(chunk)
+        if size > stored.size:
+            break
+        if until is not None and until():
+            raise ObjectError(f"{where}: ended by the deadline")
+        digest.update(chunk)
+        file.write(chunk)
+    file.flush()
+    if size != stored.size:
+        raise ObjectError(f"{where}: {size:,} bytes came of {stored.size:,} that were listed")
+    return digest.hexdigest()
 
 
 @contextmanager

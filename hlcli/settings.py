@@ -122,7 +122,7 @@ def from_env(env: Mapping[str, str]) -> Settings:
 
     def bucket(name: str, default: str) -> str:
         value = text(name, default)
-        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}", value):
             raise ConfigError(f"{name} is no name of an S3 bucket")
         return value
 

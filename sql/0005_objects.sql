@@ -35,7 +35,7 @@ comment on column etl_s3_ingest_log.etag is 'of the version that the row speaks 
 comment on column etl_s3_ingest_log.state is
     'ok: its rows are in the table; failed: read again by the next run; quarantined: not before it is replaced; pending: to be read again';
 comment on column etl_s3_ingest_log.attempts is 'how often this version was read';
-comment on column etl_s3_ingest_log.rows_read is 'rows_ingested + rows_rejected + those that were stored already';
+comment on column etl_s3_ingest_log.rows_read is 'rows_ingested + rows_rejected + those that were stored already or stand in it twice';
 comment on column etl_s3_ingest_log.rows_ingested is 'inserted or updated';
 comment on column etl_s3_ingest_log.rows_inserted is 'of rows_ingested those that were new to the table';
 comment on column etl_s3_ingest_log.loaded_version is 'ETag and size of the version whose rows are in the table, to which the numbers belong';
@@ -61,7 +61,7 @@ create table twap_status (
     block_number      bigint,
     reduce_only       boolean,
     randomize         boolean,
-    lossy_numeric     boolean,
+    is_exact          boolean not null default true,
     s3_object_key     text not null,
     s3_last_modified  timestamptz not null,
     object_id         bigint not null,
@@ -74,6 +74,8 @@ create table twap_status (
 );
 create index twap_status_wallet_ts_idx on twap_status (wallet, ts);
 create index twap_status_wallet_created_idx on twap_status (wallet, created_at);
+-- What a replaced object brought is removed; its rows lie together.
+create index twap_status_object_idx on twap_status using brin (object_id);
 comment on table twap_status is
     'One row an event of a TWAP order: activated, then finished, terminated or error. (twap_id, ...) of the key serves as an index.';
 comment on column twap_status.ts is 'when it happened, cut to microseconds; see ts_kind';
@@ -86,7 +88,7 @@ comment on column twap_status.status_error is 'the message of status error';
 comment on column twap_status.side is 'B buys, A sells';
 comment on column twap_status.size_requested is 'units of the coin, as size_executed is';
 comment on column twap_status.notional_executed is 'USD';
-comment on column twap_status.lossy_numeric is 'true: the file held floating-point numbers, so digits may be lost';
+comment on column twap_status.is_exact is 'false: the file held floating-point numbers, so digits may be lost; gives way to an exact row';
 comment on column twap_status.s3_last_modified is 'of the object: of two with the same event the newer one wins';
 comment on column twap_status.object_id is 'etl_s3_ingest_log.object_id; no foreign key, as the log may be cleared';
 comment on column twap_status.raw_payload is 'the whole event as served; integers beyond 2^53 as text, for JavaScript''s sake';
@@ -118,7 +120,7 @@ create table fills (
     priority_gas   numeric,
     liquidation    jsonb,
     extra          jsonb,
-    lossy_numeric  boolean,
+    is_exact       boolean not null default true,
     source         text collate "C" not null,
     object_id      bigint,
     primary key (user_address, coin, tid, oid, side, time, event_ix),
@@ -129,6 +131,7 @@ create table fills (
 ) partition by range (time);
 create table fills_default partition of fills default;
 create index fills_coin_time on fills (coin, time);
+create index fills_object on fills using brin (object_id);
 comment on table fills is
     'One row a side of a trade: both sides share one tid. Dust conversions all have tid 0.';
 comment on column fills.user_address is 'lower case';
@@ -148,7 +151,7 @@ comment on column fills.twap_id is 'of the TWAP that this fill is a slice of, on
 comment on column fills.block_time is 'cut to microseconds; NULL from the API, as block_number is';
 comment on column fills.liquidation is 'liquidatedUser, markPx and method, as served';
 comment on column fills.extra is 'fields that have no column of their own, as served';
-comment on column fills.lossy_numeric is 'true: the file held floating-point numbers, so digits may be lost';
+comment on column fills.is_exact is 'false: the file held floating-point numbers, so digits may be lost; gives way to an exact row';
 comment on column fills.source is 's3 or api; of two the s3 row wins, but never puts NULL over a value';
 comment on column fills.object_id is 'etl_s3_ingest_log.object_id of the object that last changed the row; NULL from the API';
 

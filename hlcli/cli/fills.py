@@ -47,7 +47,7 @@ read again by the next run, one that was replaced as well.
     """
     from hlcli.jobs.sync_fills import sync_fills
 
-    if user is not None and local_file is None:
+    if user is not None and not local_file:
         raise typer.BadParameter("--user: only with --local-file")
     options = objects.options(
         incremental=incremental,

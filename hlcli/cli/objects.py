@@ -13,6 +13,19 @@ from hlcli.cli import common
 if TYPE_CHECKING:
     from hlcli.jobs.objects import Options
 
+
+def _path(text: str) -> Path:
+    if not text.strip():  # an unset variable of a script would be the working directory
+        raise typer.BadParameter("is empty")
+    return Path(text)
+
+
+def _key(text: str) -> str:
+    if not text or text.startswith("s3://"):
+        raise typer.BadParameter("is the key alone, without s3:// and the bucket")
+    return text
+
+
 Incremental = Annotated[
     bool, typer.Option("--incremental", help="Read all objects that were not read yet (the default).")
 ]
@@ -28,12 +41,17 @@ Until = Annotated[
 ]
 ObjectKey = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY", help="Just this object, even if it was read before; may be repeated."),
+    typer.Option(
+        parser=_key, metavar="KEY", help="Just this object, even if it was read before; may be repeated."
+    ),
 ]
 LocalFile = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
-        metavar="PATH", help="A file, even if it was read before, or all new files of a folder; no S3."
+        parser=_path,
+        metavar="PATH",
+        help="A file, even if it was read before, or all new files of a folder and its folders (.parquet, "
+        ".json, .jsonl, .ndjson, .lz4, .gz, .zst); no S3. May be repeated.",
     ),
 ]
 Again = Annotated[bool, typer.Option("--again", help="Objects that were read before, too.")]
@@ -42,11 +60,18 @@ Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="At most so 
 MaxGb = Annotated[
     float,
     typer.Option(
-        min=0.001, max=1_000_000, help="At most so many gigabytes, compressed: their requester pays for them."
+        min=0.001,
+        max=1_000_000,
+        metavar="GB",
+        help="At most so many gigabytes, compressed, but one object: their requester pays for them. Default: 10.",
+        show_default=False,
     ),
 ]
-Jobs = Annotated[int, typer.Option(min=1, max=8, help="Objects loaded at once.")]
-Deadline = Annotated[timedelta, common.duration_option("Begin no object after that. Default: 50m.")]
+Jobs = Annotated[
+    int,
+    typer.Option(min=1, max=8, metavar="N", help="Objects loaded at once. Default: 2.", show_default=False),
+]
+Deadline = Annotated[timedelta, common.duration_option("Fetch no object after that. Default: 50m.")]
 DEADLINE = timedelta(minutes=50)
 MAX_GB = 10.0
 JOBS = 2
@@ -58,7 +83,7 @@ def options(
     since: datetime | None,
     until: datetime | None,
     object_key: list[str] | None,
-    local_file: Path | None,
+    local_file: list[Path] | None,
     again: bool,
     dry_run: bool,
     limit: int | None,
@@ -70,7 +95,7 @@ def options(
     """Options of the job. Raises BadParameter for what excludes each other."""
     from hlcli.jobs.objects import Options
 
-    if object_key and local_file is not None:
+    if object_key and local_file:
         raise typer.BadParameter("--object-key is of S3, --local-file is not: give one of them")
     if incremental and (object_key or again):
         raise typer.BadParameter(
@@ -82,7 +107,7 @@ def options(
         since=since,
         until=until,
         keys=object_key or (),
-        local=local_file,
+        local=local_file or (),
         again=again,
         limit=limit,
         max_bytes=round(max_gb * 1e9),

@@ -6,6 +6,9 @@ loaded the next ones are fetched; within an object the next batch is decoded whi
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import tempfile
 import threading
 import time
@@ -14,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,7 +27,7 @@ import psycopg
 from psycopg import errors, sql
 
 from hlcli import migrations, output, s3
-from hlcli.exitcodes import TemporaryError, UsageError
+from hlcli.exitcodes import ConfigError, TemporaryError, UsageError
 from hlcli.jobs import Job, Report, maintain, run_job
 from hlcli.loader import Counts, Merge, describe, load, quarantine
 from hlcli.logs import log, one_line
@@ -59,7 +63,7 @@ MAX_REJECTED = 100_000
 HOPELESS_ROWS = 1_000
 # What an object of an hour or a day touches. The rows of wilder ones go to the default partition, and are sorted by
 # `hlcli maintain`.
-COVERED_DAYS = 3
+COVERED_DAYS = 40
 SHOWN = 20
 
 
@@ -71,8 +75,8 @@ class Dataset:
     table: str
     time: str
     """The column that tells when a row happened."""
-    newer: str
-    """The column by which the better one of two rows with the same key is told."""
+    newer: Sequence[str]
+    """The columns by which the better one of two rows with the same key is told; the first that differs decides."""
     bucket: str
     prefix: str
     region: str
@@ -93,8 +97,8 @@ class Options:
     """Only objects that were last modified before."""
     keys: Sequence[str] = ()
     """Just these objects, whatever the log says of them."""
-    local: Path | None = None
-    """A file, whatever the log says of it, or all files of a folder."""
+    local: Sequence[Path] = ()
+    """Files, whatever the log says of them, and folders, of which all files."""
     again: bool = False
     """Objects that are done, too."""
     limit: int | None = None
@@ -111,6 +115,8 @@ class Options:
 class Plan:
     """What is to be read."""
 
+    offered: int = 0
+    """Objects that were there to choose from."""
     chosen: list[StoredObject] = field(default_factory=list)
     done: int = 0
     """Objects that are skipped, as they were read in this version."""
@@ -141,60 +147,94 @@ def sync(settings: Settings, dataset: Dataset, options: Options) -> Report:
     Raises UsageError for a path that is none, ConfigError for a bucket that we may not read, TemporaryError when it
     is out of reach, and what run_job() raises.
     """
-    if options.local is not None and not options.local.exists():
-        raise UsageError(f"--local-file: there is no {options.local}")
-    if options.dry_run:
-        return _rehearse(settings, dataset, options)
+    with ExitStack() as stack:
 
-    def work(job: Job) -> None:
-        with ExitStack() as stack:
-            client = None if options.local else _client(settings, dataset, stack)
-            plan = _plan(job.run.connection, dataset, options, client)
+        @cache
+        def client() -> s3.S3 | None:
+            if options.local:
+                return None
+            made = s3.S3(settings, dataset.region)
+            stack.callback(made.close)
+            return made
+
+        # What was named wrongly is no failure of the channel: before the run.
+        named = list(_named(dataset, options, client() if options.keys else None))
+        if options.dry_run:
+            return _rehearse(settings, dataset, options, client(), named)
+
+        def work(job: Job) -> None:
+            plan = _plan(job.run.connection, dataset, options, client(), named)
             job.report.details.update(plan.details())
-            _Reading(job, dataset, options, client).read(plan)
+            if plan.chosen:
+                with _rare_collections():
+                    _Reading(job, dataset, options, client()).read(plan)
 
-    return run_job(settings, dataset.channel, work, fail_if_locked=options.fail_if_locked)
-
-
-def _client(settings: Settings, dataset: Dataset, stack: ExitStack) -> s3.S3:
-    client = s3.S3(settings, dataset.region)
-    stack.callback(client.close)
-    return client
+        return run_job(settings, dataset.channel, work, fail_if_locked=options.fail_if_locked)
 
 
-def _rehearse(settings: Settings, dataset: Dataset, options: Options) -> Report:
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Decoded values hold no cycles: looking for some among hundreds of thousands takes a sixth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(10 * files.BATCH)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _rehearse(
+    settings: Settings,
+    dataset: Dataset,
+    options: Options,
+    client: s3.S3 | None,
+    named: Sequence[StoredObject],
+) -> Report:
     started, report = time.monotonic(), Report(dataset.channel, status="dry-run")
-    with migrations.connect_ready(settings, role=dataset.channel.name) as connection, ExitStack() as stack:
+    with migrations.connect_ready(settings, role=dataset.channel.name) as connection:
         connection.read_only = True
-        client = None if options.local else _client(settings, dataset, stack)
-        plan = _plan(connection, dataset, options, client)
+        plan = _plan(connection, dataset, options, client, named)
     report.details.update(plan.details())
-    if not options.local:
+    if client is not None:
         cost = s3.cost_usd(dataset.region, len(plan.chosen), plan.size)
-        report.details["cost_usd"] = f"{cost:.2f}"
+        report.details["cost_usd"] = "<0.01" if 0 < cost < 0.01 else f"{cost:.2f}"
     report.details["first"] = [each.key for each in plan.chosen[:SHOWN]]
     report.seconds = round(time.monotonic() - started, 3)
     return report
 
 
-def _plan(connection: Connection[Any], dataset: Dataset, options: Options, client: s3.S3 | None) -> Plan:
+def _plan(
+    connection: Connection[Any],
+    dataset: Dataset,
+    options: Options,
+    client: s3.S3 | None,
+    named: Sequence[StoredObject],
+) -> Plan:
     """Which objects are to be read: in the order of their keys, but those that have failed before come last.
 
     Else a few that always fail would be taken for an outage in every run, and none behind them ever read.
     """
     plan, wanted = Plan(), []
-    named = bool(options.keys) or (options.local is not None and options.local.is_file())
     bucket = LOCAL if options.local else dataset.bucket
     known = {
         key: seen for key, *seen in connection.execute(query("objects", "known"), (dataset.table, bucket))
     }
-    for stored in _offered(dataset, options, client):
-        if (options.since and stored.last_modified < options.since) or (
-            options.until and stored.last_modified >= options.until
+    for stored in chain(named, _found(dataset, options, client)):
+        plan.offered += 1
+        seen = known.get(stored.key)
+        # Rows of it may be missing since another object was replaced; nobody would ask for it by its time.
+        owed = seen is not None and seen[2] == "pending"
+        if not owed and (
+            (options.since and stored.last_modified < options.since)
+            or (options.until and stored.last_modified >= options.until)
         ):
             continue
-        seen = known.get(stored.key)
-        if seen and not named and not options.again and seen[:2] == [stored.etag, stored.size]:
+        if (
+            seen
+            and plan.offered > len(named)
+            and not options.again
+            and seen[:2] == [stored.etag, stored.size]
+        ):
             if seen[2] == "ok":
                 plan.done += 1
                 continue
@@ -202,6 +242,8 @@ def _plan(connection: Connection[Any], dataset: Dataset, options: Options, clien
                 plan.quarantined += 1
                 continue
         wanted.append(stored)
+    if client is not None and not plan.offered:
+        log.warning("s3://%s/%s holds no objects", dataset.bucket, dataset.prefix)
     wanted.sort(key=lambda each: each.key in known and known[each.key][2] == "failed")
     size = 0
     for stored in wanted:
@@ -214,38 +256,50 @@ def _plan(connection: Connection[Any], dataset: Dataset, options: Options, clien
     return plan
 
 
-def _offered(dataset: Dataset, options: Options, client: s3.S3 | None) -> Iterator[StoredObject]:
-    """The objects that are there, as far as the command line speaks of them."""
-    if options.local is not None:
-        yield from _files(options.local)
-        return
-    assert client is not None
-    if not options.keys:
-        yield from client.list(dataset.bucket, dataset.prefix)
+def _named(dataset: Dataset, options: Options, client: s3.S3 | None) -> Iterator[StoredObject]:
+    """The objects and files that the command line names one by one. Raises UsageError for what is none."""
+    for path in options.local:
+        if not path.exists():
+            raise UsageError(f"--local-file: there is no {path}")
+        if path.is_file():
+            yield _file(path)
+        elif not path.is_dir():
+            raise UsageError(f"--local-file: {path} is neither a file nor a folder")
     for key in dict.fromkeys(options.keys):
+        assert client is not None
         try:
             yield client.head(dataset.bucket, key)
         except s3.GoneError as error:
             raise UsageError(f"--object-key: there is no s3://{dataset.bucket}/{key}") from error
+        except s3.DeniedError as error:
+            raise ConfigError(str(error)) from error
 
 
-def _files(path: Path) -> Iterator[StoredObject]:
-    if path.is_file():
-        yield _file(path)
-    elif path.is_dir():
-        found = {
-            each.resolve()
-            for each in path.rglob("*")
-            if each.name.endswith(SUFFIXES) and not each.name.startswith(".") and each.is_file()
-        }
-        yield from map(_file, sorted(found))
-    else:
-        raise UsageError(f"--local-file: {path} is neither a file nor a folder")
+def _found(dataset: Dataset, options: Options, client: s3.S3 | None) -> Iterator[StoredObject]:
+    """The objects of the bucket, or the files of folders."""
+    for path in options.local:
+        if path.is_dir():
+            yield from map(_file, sorted(_files(path)))
+    if client is not None and not options.keys:
+        yield from client.list(dataset.bucket, dataset.prefix)
+
+
+def _files(folder: Path) -> set[Path]:
+    """The data files of a folder and its folders, but of no hidden one; each once, by whatever names."""
+    return {
+        path.resolve()
+        for path in folder.rglob("*")
+        if path.name.endswith(SUFFIXES)
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
 
 
 def _file(path: Path) -> StoredObject:
-    """A file as if it were an object. Raises OSError."""
+    """A file as if it were an object. Raises OSError, UsageError for a name that no database can hold."""
     state = path.stat()
+    if not path.resolve().as_posix().isprintable():
+        raise UsageError(f"--local-file: the name of {path!r} cannot be kept")
     modified = datetime.fromtimestamp(state.st_mtime_ns / 10**9, UTC)
     return StoredObject(
         LOCAL, str(path.resolve()), f"{state.st_size}-{state.st_mtime_ns}", state.st_size, modified
@@ -263,6 +317,10 @@ class _Fetched:
     stored: StoredObject
     place: Path | IO[bytes]
 
+    def for_a_reader(self) -> Path | IO[bytes]:
+        """What one reading takes, and closes when it is done."""
+        return self.place if isinstance(self.place, Path) else os.fdopen(os.dup(self.place.fileno()), "rb")
+
     def close(self) -> None:
         if not isinstance(self.place, Path):
             self.place.close()
@@ -277,6 +335,7 @@ class _Reading:
         self._stopped = threading.Event()
         self._failures_in_a_row = 0
         self._gone = self._given_up = 0
+        self._unfetched = False
         self._covered: set[datetime] = set()
         self._in_midst = 0
         """Loads whose transaction is open."""
@@ -289,7 +348,7 @@ class _Reading:
         """Fetch and load all objects; what fails is counted and logged, and the others go on."""
         left = deque(plan.chosen)
         fetching: dict[Future[_Fetched], StoredObject] = {}
-        loading: dict[Future[str | None], _Fetched] = {}
+        loading: dict[Future[Counts], _Fetched] = {}
         ready: deque[_Fetched] = deque()
         jobs = min(self._options.jobs, max(len(left), 1))
         with ExitStack() as stack:
@@ -302,7 +361,7 @@ class _Reading:
             free: SimpleQueue[Connection[Any]] = SimpleQueue()
             for connection in connections:
                 free.put(connection)
-            # A download may hang for a minute; who was told to stop does not wait for it.
+            # A download may hang for a minute, or drip; who has to end does not wait for it.
             fetchers = ThreadPoolExecutor(jobs, "fetch")
             stack.callback(fetchers.shutdown, wait=False, cancel_futures=True)
             loaders = stack.enter_context(ThreadPoolExecutor(jobs, "load"))
@@ -315,7 +374,7 @@ class _Reading:
                     while ready and len(loading) < jobs:
                         fetched = ready.popleft()
                         loading[loaders.submit(self._load, fetched, free)] = fetched
-                    if not fetching and not loading:
+                    if not loading and (not fetching or self._over()):
                         break
                     # A signal that comes just before a wait without end would be looked at only after it.
                     under_way: list[Future[Any]] = [*fetching, *loading]
@@ -336,7 +395,10 @@ class _Reading:
             finally:
                 for fetched in ready:
                     fetched.close()
-        self._job.report.details.update(gone=self._gone, left=plan.left + len(left) + self._given_up)
+        not_begun = plan.left + len(left)
+        self._job.report.details.update(gone=self._gone, left=not_begun + len(fetching) + self._given_up)
+        if self._job.run.units_failed and not self._unfetched:
+            self._job.verdict = "partial"  # S3 does its work: to try again later will not help
 
     def _over(self) -> bool:
         return (
@@ -366,7 +428,8 @@ class _Reading:
                     return _Fetched(stored, file)
             raise AssertionError
         except BaseException:
-            file.close()
+            with suppress(OSError):  # a full disk refuses the last bytes once more
+                file.close()
             raise
 
     def _fetched(self, future: Future[_Fetched], stored: StoredObject, ready: deque[_Fetched]) -> None:
@@ -376,6 +439,7 @@ class _Reading:
             log.info("%s", one_line(error))
             self._gone += 1
         except s3.ObjectError as error:
+            self._unfetched = True
             if self._over():
                 self._given_up += 1  # its download was ended, or is one more of an outage
                 return
@@ -386,17 +450,23 @@ class _Reading:
         else:
             self._failures_in_a_row = 0
 
-    def _loaded(self, future: Future[str | None], fetched: _Fetched) -> None:
+    def _loaded(self, future: Future[Counts], fetched: _Fetched) -> None:
         """Take note of what became of an object; an error of the database ends the run."""
         stored = fetched.stored
         self._consumed[stored.key] = stored.size
         try:
-            problem = future.result()
+            counts = future.result()
         except _UnusableError as error:
             self._failed(stored, error.cause, rows=error.rows)
         else:
-            if problem:
-                self._job.report.fail(stored.key, ValueError(problem))
+            log.info(
+                "%s: %d rows, %d inserted, %d updated, %d rejected",
+                stored.key,
+                counts.served,
+                counts.inserted,
+                counts.updated,
+                counts.rejected,
+            )
 
     def _failed(self, stored: StoredObject, error: Exception, *, rows: int = 0) -> None:
         """Log and count an object that could not be read; `rows` of it were decoded."""
@@ -425,8 +495,8 @@ class _Reading:
             "run_id": self._job.run.run_id,
         }
 
-    def _load(self, fetched: _Fetched, free: SimpleQueue[Connection[Any]]) -> str | None:
-        """Load an object on a free connection; returns why it is in quarantine, if it is.
+    def _load(self, fetched: _Fetched, free: SimpleQueue[Connection[Any]]) -> Counts:
+        """Load an object on a free connection; returns what became of its rows.
 
         Raises _UnusableError, psycopg.Error.
         """
@@ -435,7 +505,7 @@ class _Reading:
             for attempt in range(1, DEADLOCKS + 1):
                 try:
                     return self._load_once(fetched, connection)
-                except (errors.DeadlockDetected, errors.SerializationFailure):
+                except (errors.DeadlockDetected, errors.SerializationFailure, errors.LockNotAvailable):
                     if attempt == DEADLOCKS:
                         raise
                     log.info("%s: overlaps with another object, once more", fetched.stored.key)
@@ -444,11 +514,11 @@ class _Reading:
             free.put(connection)
             fetched.close()
 
-    def _load_once(self, fetched: _Fetched, connection: Connection[Any]) -> str | None:
+    def _load_once(self, fetched: _Fetched, connection: Connection[Any]) -> Counts:
         stored, dataset, counts = fetched.stored, self._dataset, Counts()
         try:
             with (
-                files.opened(fetched.place) as file,
+                files.opened(fetched.for_a_reader()) as file,
                 closing(ahead(dataset.read(self._metered(file, stored)))) as batches,
             ):
                 first = next(batches, None)
@@ -466,6 +536,9 @@ class _Reading:
                     return loading.finish()
         except (files.UnusableError, OSError) as error:
             raise _UnusableError(error, counts.served) from error
+        except psycopg.DataError as error:  # the object's fault, not the run's
+            refused = files.UnusableError(f"refused by the database: {one_line(error)}")
+            raise _UnusableError(refused, counts.served) from error
 
     def _cover(self, connection: Connection[Any], times: pl.Series) -> None:
         """Make the partitions of the days that an object begins with; between loads, as each holds the table."""
@@ -512,7 +585,6 @@ class _Loading:
         self._counts = Counts()
         self._first: datetime | None = None
         self._last: datetime | None = None
-        self._reason = ""
         self._object_id = self._begin()
 
     def _begin(self) -> int:
@@ -522,7 +594,7 @@ class _Loading:
         row = connection.execute(query("objects", "stored"), self._version).fetchone()
         assert row is not None
         object_id, loaded, first, last = row
-        if loaded is not None and loaded != self._version["version"] and first is not None:
+        if loaded not in {None, self._version["version"]} and first is not None:
             connection.execute(
                 sql.SQL(query("objects", "remove_rows")).format(
                     table=self._table.identifier,
@@ -533,7 +605,14 @@ class _Loading:
                 )
             )
             # After that, which waits for whoever is loading a row of ours: only then is that object seen as done.
-            connection.execute(query("objects", "read_again"), {"object_id": object_id})
+            owed = connection.execute(query("objects", "read_again"), {"object_id": object_id}).fetchall()
+            elsewhere = [key for key, bucket in owed if bucket != self._stored.bucket]
+            if elsewhere:
+                log.warning(
+                    "%s was replaced: rows that %s holds, too, come back when it is read again",
+                    self._stored.key,
+                    elsewhere[0],
+                )
         return int(object_id)
 
     def add(self, rows: files.Rows) -> Counts:
@@ -545,7 +624,6 @@ class _Loading:
         # Such a row may be told by no more than its place: the same in every object.
         told = [replace(each, key=[key, *each.key]) for each in rows.rejected]
         self._counts += quarantine(connection, self._table.name, told, run_id)
-        self._reason = self._reason or (told[0].reason if told else "")
         if rows.frame.height:
             first, last = _span(rows.frame[self._dataset.time])
             self._first, self._last = min(self._first or first, first), max(self._last or last, last)
@@ -562,21 +640,23 @@ class _Loading:
             )
         counts = self._counts
         if counts.rejected > MAX_REJECTED or counts.rejected == counts.served > HOPELESS_ROWS:
-            raise files.UnusableError(f"{counts.rejected:,} of {counts.served:,} rows cannot be stored")
+            raise self._unstorable()
         return counts
 
-    def finish(self) -> str | None:
-        """Write the object's row in the log and in the ledger; returns why it is in quarantine, if it is."""
+    def finish(self) -> Counts:
+        """Write the object's row in the log and in the ledger; returns the counts.
+
+        Raises LackingError when no row could be stored: then the object is another kind of thing, and neither shall
+        it take the place of the version before nor its content fill the quarantine.
+        """
         counts = self._counts
-        hopeless = 0 < counts.served == counts.rejected
-        problem = f"none of its {counts.served:,} rows can be stored" if hopeless else None
+        if 0 < counts.served == counts.rejected:
+            raise self._unstorable()
         self._unit.connection.execute(
             query("objects", "loaded"),
             {
                 **self._version,
                 "object_id": self._object_id,
-                "state": "quarantined" if hopeless else "ok",
-                "error": problem,
                 "read": counts.served,
                 "ingested": counts.inserted + counts.updated,
                 "inserted": counts.inserted,
@@ -585,8 +665,24 @@ class _Loading:
                 "last": self._last,
             },
         )
-        self._unit.add(counts, units_ok=int(not hopeless), units_failed=int(hopeless))
-        return problem
+        self._unit.add(counts, units_ok=1)
+        return counts
+
+    def _unstorable(self) -> files.LackingError:
+        counts = self._counts
+        row = self._unit.connection.execute(
+            query("objects", "first_reason"),
+            {
+                "table_name": self._table.name,
+                "run_id": self._unit.run.run_id,
+                "row": f'"object_id": {self._object_id}[,}}]',
+                "place": json.dumps([self._stored.key])[:-1],
+            },
+        ).fetchone()
+        reason = row[0] if row else "unknown"
+        return files.LackingError(
+            f"{counts.rejected:,} of {counts.served:,} rows cannot be stored, the first for: {reason}"
+        )
 
 
 def _span(times: pl.Series) -> tuple[datetime, datetime]:

@@ -28,7 +28,7 @@ def sync_fills(settings: Settings, options: objects.Options, *, user: str | None
         channel=CHANNEL,
         table=fills.TABLE,
         time="time",
-        newer="source",
+        newer=["is_exact", "source"],
         bucket=settings.hl_fills_s3_bucket,
         prefix=settings.hl_fills_s3_prefix,
         region=settings.hl_fills_s3_region,

@@ -21,7 +21,7 @@ def sync_twaps(settings: Settings, options: objects.Options) -> Report:
         channel=CHANNEL,
         table=twaps.TABLE,
         time="ts",
-        newer="s3_last_modified",
+        newer=["is_exact", "s3_last_modified"],
         bucket=settings.aws_s3_bucket,
         prefix=settings.aws_s3_prefix,
         region=settings.aws_region,

@@ -44,7 +44,7 @@ class Merge(Enum):
     """The served row wins where its `newer` column is greater."""
     COMPLETE = "complete"
     """The served value wins where it is one, so that NULL never replaces anything; with `newer`, a stored row whose
-    `newer` is greater keeps its values and only its NULLs are filled."""
+    `newer` is greater (of several columns the first that differs) keeps its values and only its NULLs are filled."""
 
 
 def load(
@@ -54,7 +54,7 @@ def load(
     *,
     rule: Merge,
     run_id: UUID,
-    newer: str | None = None,
+    newer: str | Sequence[str] | None = None,
     touch: Sequence[str] = (),
     known_by: Sequence[str] | None = None,
 ) -> Counts:
@@ -74,7 +74,8 @@ def load(
     assert connection.info.transaction_status == pq.TransactionStatus.INTRANS, "load() needs a transaction"
     if isinstance(table, str):
         table = describe(connection, table)
-    if rule is Merge.NEWER and (not newer or table.columns[newer].kind not in ORDERED):
+    rank = [newer] if isinstance(newer, str) else list(newer or ())
+    if rule is Merge.NEWER and (len(rank) != 1 or table.columns[rank[0]].kind not in ORDERED):
         raise ValueError(f"{table.name}: {newer} cannot tell which row is newer")
     if frame.is_empty():
         return Counts()
@@ -84,7 +85,7 @@ def load(
         Rejected([row.get(name) for name in identity], row.pop("_reason"), row, row.pop("_column"))
         for row in bad.to_dicts()
     ]
-    rows, repeats = _sorted(good, table, rule, newer)
+    rows, repeats = _sorted(good, table, rule, rank)
     stage = _stage(connection, table, rows)
     duplicate = 0
     # Of rows with one key a bad one must not win, so then the checks come first. Else the table itself checks as it
@@ -97,7 +98,7 @@ def load(
         staged = frame.height - len(rejected) - duplicate
         try:
             with connection.transaction():
-                inserted, updated = _merge(connection, table, stage, rows, rule, newer, touch, staged)
+                inserted, updated = _merge(connection, table, stage, rows, rule, rank, touch, staged)
             break
         except errors.CheckViolation:
             if checked:
@@ -114,12 +115,12 @@ def load(
     )
 
 
-def _sorted(good: pl.DataFrame, table: Table, rule: Merge, newer: str | None) -> tuple[pl.DataFrame, bool]:
+def _sorted(good: pl.DataFrame, table: Table, rule: Merge, rank: Sequence[str]) -> tuple[pl.DataFrame, bool]:
     """The rows in key order, and whether a key repeats. Two workers then lock in one order, and indexes grow well."""
     import polars as pl
 
     keys = list(table.key)
-    rows = good.sort([*keys, newer] if rule is Merge.NEWER and newer else keys, maintain_order=True)
+    rows = good.sort([*keys, *rank] if rule is Merge.NEWER else keys, maintain_order=True)
     # In sorted order an equal key stands next door; a hash of all keys would cost more than the sort.
     again = pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in keys)
     repeats = rows.height > 1 and bool(rows.select(again.slice(1).any()).item())
@@ -250,7 +251,7 @@ def _merge(
     stage: sql.Identifier,
     rows: pl.DataFrame,
     rule: Merge,
-    newer: str | None,
+    rank: Sequence[str],
     touch: Sequence[str],
     staged: int,
 ) -> tuple[int, int]:
@@ -279,12 +280,9 @@ def _merge(
             stored = _stored_keys(connection, table, stage, span, at_most=staged)
     if ignore:
         return _number(connection, counted.format(insert, sql.SQL("on conflict do nothing"))), 0
-    result = {name: _result(rule, name, newer) for name in values}
+    result = {name: _result(rule, name, rank) for name in values}
     if rule is Merge.NEWER:
-        assert newer is not None
-        changes = sql.SQL("{} > {}").format(
-            sql.Identifier("excluded", newer), sql.Identifier("stored", newer)
-        )
+        changes = sql.SQL("{} > {}").format(_ranks("excluded", rank), _ranks("stored", rank))
     else:
         changes = sql.SQL("({}) is distinct from ({})").format(
             sql.SQL(", ").join(sql.Identifier("stored", name) for name in compared),
@@ -309,15 +307,19 @@ def _number(connection: Connection[Any], query: sql.Composed) -> int:
     return int(row[0])
 
 
-def _result(rule: Merge, name: str, newer: str | None) -> sql.Composable:
+def _ranks(relation: str, rank: Sequence[str]) -> sql.Composed:
+    return sql.SQL("({})").format(sql.SQL(", ").join(sql.Identifier(relation, name) for name in rank))
+
+
+def _result(rule: Merge, name: str, rank: Sequence[str]) -> sql.Composable:
     """What a column of a stored row becomes."""
     served, stored = sql.Identifier("excluded", name), sql.Identifier("stored", name)
     if rule is not Merge.COMPLETE:
         return served
-    if newer is None:
+    if not rank:
         return sql.SQL("coalesce({}, {})").format(served, stored)
     return sql.SQL("case when {} > {} then coalesce({}, {}) else coalesce({}, {}) end").format(
-        sql.Identifier("stored", newer), sql.Identifier("excluded", newer), stored, served, served, stored
+        _ranks("stored", rank), _ranks("excluded", rank), stored, served, served, stored
     )
 
 

@@ -184,8 +184,8 @@ def _jsonb(column: Column, given: pl.DataType) -> Rule:
 def _is_json(text: str) -> bool:
     """Whether jsonb takes the text: it refuses NaN, and the NUL character and lone surrogates in any string."""
     if "\\u" not in text:  # then what is JSON to a strict and fast reader is JSON to jsonb
-        with suppress(ValueError, RecursionError):
-            msgspec.json.decode(text)
+        with suppress(ValueError, RecursionError, ArithmeticError):
+            _STRICT.decode(text)
             return True
     try:
         decoded = json.loads(text, parse_constant=_no_constant, parse_float=_sane_number)
@@ -201,6 +201,9 @@ def _sane_number(text: str) -> str:
     if abs(Decimal(text).adjusted()) > MAX_JSON_EXPONENT:
         raise ValueError(text)
     return text
+
+
+_STRICT = msgspec.json.Decoder(float_hook=_sane_number)
 
 
 def _no_constant(name: str) -> None:

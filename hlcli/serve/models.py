@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_RANGE = timedelta(days=366)
 
@@ -45,7 +45,9 @@ TwapId = Annotated[
 
 
 class TwapsQuery(BaseModel):
-    """The parameters of /api/v1/twaps."""
+    """The parameters of /api/v1/twaps; one that it does not know is refused, as it is most likely misspelt."""
+
+    model_config = ConfigDict(extra="forbid")
 
     wallet: Annotated[str, AfterValidator(str.lower)] = Field(
         pattern="^0[xX][0-9a-fA-F]{40}$",

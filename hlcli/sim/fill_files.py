@@ -94,7 +94,7 @@ def fill_rows(frames: Iterable[pl.DataFrame], shape: FillShape) -> list[dict[str
         block_time=moment(block_time),
         block_number=pl.when(shape.layout == "blocks").then("block_number"),
         liquidation=_liquidation(),
-        lossy_numeric=pl.lit(True if shape.numbers == "double" else None, pl.Boolean),
+        is_exact=pl.lit(shape.numbers != "double"),
         extra=pl.lit(None),
         source=pl.lit("s3"),
     )

@@ -78,7 +78,7 @@ def twap_rows(rows: pl.DataFrame, shape: TwapShape) -> list[dict[str, Any]]:
         ts_kind=pl.lit("event"),
         event_time_ns="time_ns",
         block_number=pl.when(numbered).then("block_number"),
-        lossy_numeric=pl.lit(True if lossy else None, pl.Boolean),
+        is_exact=pl.lit(not lossy),
     )
     numbers = ("size_requested", "size_executed", "notional_executed")
     return [decoded(row, numbers) for row in rows.iter_rows(named=True)]

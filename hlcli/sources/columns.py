@@ -18,7 +18,7 @@ from hlcli.sources import times, wire
 from hlcli.sources.files import Rows, UnusableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import polars as pl
 
@@ -47,6 +47,24 @@ def rows_of(
     values, rejected = batch.values()
     rows = from_values(values)
     return Rows(rows.frame, [*rejected, *rows.rejected])
+
+
+def events_of(
+    values: Iterable[Any], is_event: Callable[[list[Any]], bool] = lambda _: False
+) -> Iterator[tuple[Any, Any, Any]]:
+    """The events of JSON values, each with the time and the number of its block, None where there is none.
+
+    A value is a block {block_time, block_number, events: [...]}, a list of events, or an event; `is_event` tells lists
+    that are events.
+    """
+    for value in values:
+        if isinstance(value, dict) and isinstance(value.get("events"), list):
+            around = value.get("block_time"), value.get("block_number")
+            yield from ((event, *around) for event in value["events"])
+        elif isinstance(value, list) and not is_event(value):
+            yield from ((event, None, None) for event in value)
+        else:
+            yield value, None, None
 
 
 def plain(name: str) -> str:

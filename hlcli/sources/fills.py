@@ -57,6 +57,9 @@ MAX_HELD = 200_000
 IGNORED = ("localtime",)
 NEEDED = (*KEY, "px", "sz")
 GARBLED = "no time from 2023 to 2100"
+NAMED = "says itself whose fills these are: leave out --user"
+# By key the fills that have it, each with its number.
+_Told = dict[tuple[Any, ...], dict[tuple[Any, ...], int]]
 
 
 def read(batches: Iterable[Batch], *, user: str | None = None) -> Iterator[Rows]:
@@ -73,10 +76,10 @@ def read(batches: Iterable[Batch], *, user: str | None = None) -> Iterator[Rows]
     source = pl.lit("api" if user else "s3").alias("source")
     held: pl.DataFrame | None = None
     rejected: list[Rejected] = []
+    dust: _Told = {}
     for batch, is_last in _marked(batches):
-        rows = _from_blocks(batch) or columns.rows_of(
-            batch, partial(_from_values, user), partial(_from_frame, user)
-        )
+        rows = _from_blocks(batch) if user is None else None
+        rows = rows or columns.rows_of(batch, partial(_from_values, user), partial(_from_frame, user))
         if held is None and 0 < rows.frame.height == rows.frame["user_address"].null_count():
             raise LackingError("does not say whose fills these are (with --local-file, --user does)")
         frame = rows.frame if held is None else pl.concat([held, rows.frame], how="vertical_relaxed")
@@ -85,7 +88,7 @@ def read(batches: Iterable[Batch], *, user: str | None = None) -> Iterator[Rows]
         held = frame.slice(whole)
         rejected += rows.rejected
         if whole or is_last or len(rejected) >= BATCH:
-            yield Rows(numbered(frame.head(whole)).with_columns(source), rejected)
+            yield Rows(numbered(frame.head(whole), dust).with_columns(source), rejected)
             rejected = []
 
 
@@ -111,21 +114,24 @@ def _before_last_time(fills: pl.DataFrame) -> int:
     return begins
 
 
-def numbered(fills: pl.DataFrame) -> pl.DataFrame:
+def numbered(fills: pl.DataFrame, dust: _Told | None = None) -> pl.DataFrame:
     """The fills with `event_ix`: 0, and 1, 2, ... for further ones with the same key, in their order.
 
     What is the same in all that the exchange says of it is the same fill served twice, and gets the same number.
+    `dust` remembers fills with tid 0, which files that are not in order of time may have far from each other.
     """
     import polars as pl
 
-    if not fills.select(pl.struct(KEY).is_duplicated().any()).item():
+    same = pl.struct(KEY).is_duplicated() | (pl.col("tid").cast(pl.String) == "0")
+    apart = fills.with_row_index("_at").filter(same)
+    if apart.is_empty():
         return fills.with_columns(pl.lit(0, pl.Int32).alias("event_ix"))
     numbers = [0] * fills.height
-    told: dict[tuple[Any, ...], dict[tuple[Any, ...], int]] = {}
-    same = fills.with_row_index("_at").filter(pl.struct(KEY).is_duplicated())
-    for row in same.drop("block_time", "block_number").iter_rows(named=True):
+    told: _Told = {}
+    for row in apart.drop("block_time", "block_number").iter_rows(named=True):
         at = row.pop("_at")
-        contents = told.setdefault(tuple(row[name] for name in KEY), {})
+        seen = dust if dust is not None and str(row["tid"]) == "0" and len(dust) < MAX_HELD else told
+        contents = seen.setdefault(tuple(row[name] for name in KEY), {})
         numbers[at] = contents.setdefault(tuple(row.values()), len(contents))
     return fills.with_columns(pl.Series("event_ix", numbers, dtype=pl.Int32))
 
@@ -176,6 +182,11 @@ def _json_text(raw: Any) -> str | None:
     return None if text == "null" else text
 
 
+def _is_pair(value: list[Any]) -> bool:
+    """Whether a list is a line [user, fill], and not one of fills."""
+    return len(value) == 2 and isinstance(value[0], str)
+
+
 def _from_values(user: str | None, values: Sequence[Any]) -> Rows:
     """Decoded JSON as rows."""
     users: list[Any] = []
@@ -183,36 +194,28 @@ def _from_values(user: str | None, values: Sequence[Any]) -> Rows:
     block_times: list[Any] = []
     block_numbers: list[Any] = []
     rejected: list[Rejected] = []
-
-    def add(events: Iterable[Any], block_time: Any = None, block_number: Any = None) -> None:
-        before = len(fills)
-        for event in events:
-            if isinstance(event, list) and len(event) == 2 and isinstance(event[1], dict):
-                users.append(event[0])
-                fills.append(event[1])
-            elif isinstance(event, dict):
-                users.append(None)
-                # A slice of a TWAP as userTwapSliceFills tells it.
-                inner = event.get("fill")
-                fills.append({**inner, "twapId": event.get("twapId")} if isinstance(inner, dict) else event)
-            else:
-                rejected.append(Rejected([None], "not_a_fill", {"event": event}))
-        block_times.extend([block_time] * (len(fills) - before))
-        block_numbers.extend([block_number] * (len(fills) - before))
-
-    for value in values:
-        if isinstance(value, dict) and isinstance(value.get("events"), list):
-            add(value["events"], value.get("block_time"), value.get("block_number"))
-        elif isinstance(value, list) and not (len(value) == 2 and isinstance(value[0], str)):
-            add(value)
+    for event, block_time, block_number in columns.events_of(values, _is_pair):
+        if isinstance(event, list) and len(event) == 2 and isinstance(event[1], dict):
+            users.append(event[0])
+            fills.append(event[1])
+        elif isinstance(event, dict):
+            users.append(None)
+            # A slice of a TWAP as userTwapSliceFills tells it.
+            inner = event.get("fill")
+            fills.append({**inner, "twapId": event.get("twapId")} if isinstance(inner, dict) else event)
         else:
-            add([value])
+            rejected.append(Rejected([None], "not_a_fill", {"event": event}))
+            continue
+        block_times.append(block_time)
+        block_numbers.append(block_number)
     told, unknown = columns.of_dicts(fills, NAMES)
     around = {"user_address": users, "block_time": block_times, "block_number": block_numbers}
     for name, given in around.items():
         told[name] = columns.first_of(given, told[name]) if name in told else given
     if user is not None:
-        told["user_address"] = columns.first_of(told["user_address"], [user] * len(fills))
+        if any(each is not None for each in told["user_address"]):
+            raise LackingError(NAMED)
+        told["user_address"] = [user] * len(fills)
     extra = [key for key in unknown if columns.plain(key) not in IGNORED]
     if extra:
         left = [{key: fill[key] for key in extra if fill.get(key) is not None} for fill in fills]
@@ -227,7 +230,9 @@ def _from_frame(user: str | None, frame: pl.DataFrame) -> Rows:
 
     found, unknown = columns.of_frame(frame, NAMES)
     if user is not None:
-        found.setdefault("user_address", pl.repeat(user, frame.height, eager=True))
+        if "user_address" in found:
+            raise LackingError(NAMED)
+        found["user_address"] = pl.repeat(user, frame.height, eager=True)
     columns.needed(found, NEEDED)
     extra = [name for name in unknown if columns.plain(name) not in IGNORED]
     if extra:
@@ -257,7 +262,7 @@ def _typed(
     return Rows(
         frame.with_columns(
             pl.col("user_address").str.to_lowercase(),
-            pl.lit(lossy or None, pl.Boolean).alias("lossy_numeric"),
+            pl.lit(not lossy).alias("is_exact"),
             times.timestamp(frame["time"]),
             times.timestamp(frame["block_time"]),
         ),

@@ -87,22 +87,13 @@ def _from_values(values: Sequence[Any]) -> Rows:
     block_times: list[Any] = []
     block_numbers: list[Any] = []
     rejected: list[Rejected] = []
-
-    def add(found: Iterable[Any], block_time: Any = None, block_number: Any = None) -> None:
-        before = len(events)
-        for event in found:
-            if isinstance(event, dict):
-                events.append(event)
-            else:
-                rejected.append(Rejected([None], "not_an_event", {"event": event}))
-        block_times.extend([block_time] * (len(events) - before))
-        block_numbers.extend([block_number] * (len(events) - before))
-
-    for value in values:
-        if isinstance(value, dict) and isinstance(value.get("events"), list):
-            add(value["events"], value.get("block_time"), value.get("block_number"))
+    for event, block_time, block_number in columns.events_of(values):
+        if isinstance(event, dict):
+            events.append(event)
+            block_times.append(block_time)
+            block_numbers.append(block_number)
         else:
-            add(value if isinstance(value, list) else [value])
+            rejected.append(Rejected([None], "not_an_event", {"event": event}))
     told, _ = columns.of_dicts(events, NAMES)
     states = [wire.mapping(_decoded(state)) for state in told.pop("state", [])]
     nested, _ = columns.of_dicts(states, STATE)
@@ -197,7 +188,7 @@ def _typed(
         .otherwise(pl.lit("creation"))
         .alias("ts_kind"),
         happened.alias("event_time_ns"),
-        pl.lit(lossy or None, pl.Boolean).alias("lossy_numeric"),
+        pl.lit(not lossy).alias("is_exact"),
     )
     timeless = frame["ts"].is_null()
     rejected = rejected + [

@@ -1,13 +1,14 @@
 -- What the HTTP API answers, as JSON text: the rows' text need not pass through Python's objects.
 -- A list is `with found as (one of event, created, active) page`. Each of the three tells the latest row of every TWAP
--- of a wallet that matches; on a tie of time what ended the TWAP is later than what began it.
+-- of a wallet that matches. What ended a TWAP is later than what began it, whatever their times say: some files know only
+-- when it was created.
 
 -- The latest of the rows between start and end.
 -- name: event
 select distinct on (twap_id) twap_id, ts, status
 from twap_status
 where wallet = %(wallet)s and ts between %(start)s and %(end)s and (%(asset)s::text is null or asset = %(asset)s)
-order by twap_id, ts desc, status <> 'activated' desc, status
+order by twap_id, status <> 'activated' desc, ts desc, status
 
 -- name: created
 select distinct on (twap_id) twap_id, ts, status
@@ -16,7 +17,7 @@ where wallet = %(wallet)s and twap_id in (
     select twap_id from twap_status
     where wallet = %(wallet)s and created_at between %(start)s and %(end)s
       and (%(asset)s::text is null or asset = %(asset)s))
-order by twap_id, ts desc, status <> 'activated' desc, status
+order by twap_id, status <> 'activated' desc, ts desc, status
 
 -- Alive from its creation to its end; while the end is unknown, for the time that it was to take. A ts of kind creation
 -- says nothing of the end.
@@ -25,13 +26,18 @@ select distinct on (twap_id) twap_id, ts, status
 from twap_status
 where wallet = %(wallet)s and twap_id in (
     select twap_id from twap_status
-    where wallet = %(wallet)s
+    where wallet = %(wallet)s and twap_id in (
+        -- A TWAP runs for a day at most: of an old wallet's thousands only a few can be meant.
+        select twap_id from twap_status where wallet = %(wallet)s and ts between %(start)s and %(end)s + interval '31 days'
+        union all
+        select twap_id from twap_status
+        where wallet = %(wallet)s and created_at between %(start)s - interval '31 days' and %(end)s)
     group by twap_id
     having min(coalesce(created_at, ts)) <= %(end)s
        and coalesce(min(ts) filter (where status <> 'activated' and ts_kind <> 'creation'),
                     greatest(max(ts), min(created_at) + max(duration_minutes) * interval '1 minute')) >= %(start)s
        and (%(asset)s::text is null or bool_or(asset = %(asset)s)))
-order by twap_id, ts desc, status <> 'activated' desc, status
+order by twap_id, status <> 'activated' desc, ts desc, status
 
 -- name: page
 select coalesce(json_agg(json_build_object(

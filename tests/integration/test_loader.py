@@ -366,10 +366,18 @@ def test_random_batches_end_as_the_model_says_and_every_count_is_exact(
 def test_complete_never_puts_null_over_a_value_and_a_greater_newer_keeps_its_own(connection):
     connection.execute(PLAIN)
     columns = ("coin", "at", "px", "version", "open", "touched")
-    put(connection, [row(px="1", version=5, open=None, touched=1)], Merge.COMPLETE, columns=columns, newer="version")
+    put(
+        connection,
+        [row(px="1", version=5, open=None, touched=1)],
+        Merge.COMPLETE,
+        columns=columns,
+        newer="version",
+    )
 
     def then(**served):
-        counts = put(connection, [row(**served)], Merge.COMPLETE, columns=columns, newer="version", touch=("touched",))
+        counts = put(
+            connection, [row(**served)], Merge.COMPLETE, columns=columns, newer="version", touch=("touched",)
+        )
         return (counts.updated, counts.unchanged), stored(connection, "px::text, version, open, touched")[0]
 
     # Older: its value fills the gap only, and the touched column stays the better row's.

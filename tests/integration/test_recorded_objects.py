@@ -76,7 +76,7 @@ def stored_fills(connection):
         "block_number",
         "event_ix",
         "extra",
-        "lossy_numeric",
+        "is_exact",
         "source",
     )
     cursor = connection.execute(f"select {shown}, {', '.join(names)} from fills")
@@ -92,7 +92,7 @@ def served_fill(user, one, source, *, block_time=None, block_number=None):
         "block_time": block_time,
         "block_number": block_number,
         "extra": None,
-        "lossy_numeric": None,
+        "is_exact": True,
         "source": source,
         **{ours: one.get(theirs) for ours, theirs in {**NUMBERS, **PLAIN}.items()},
     }
@@ -190,7 +190,7 @@ def stored_twaps(connection):
     numbers = ("size_requested", "size_executed", "notional_executed")
     shown = ", ".join(f"{name}::text" if name in numbers else name for name in STATE)
     cursor = connection.execute(
-        f"select twap_id, status, status_error, ts, ts_kind, event_time_ns, block_number, created_at, lossy_numeric, raw_payload, {shown}"
+        f"select twap_id, status, status_error, ts, ts_kind, event_time_ns, block_number, created_at, is_exact, raw_payload, {shown}"
         " from twap_status order by twap_id, ts"
     )
     columns = [column.name for column in cursor.description]
@@ -207,7 +207,7 @@ def served_twap(number, state, status, ns, payload, *, block_number=None):
         "event_time_ns": ns,
         "block_number": block_number,
         "created_at": moment(state["timestamp"] * 10**6),
-        "lossy_numeric": None,
+        "is_exact": True,
         "raw_payload": payload,
         **{ours: state[theirs] for ours, theirs in STATE.items()},
     }

@@ -383,6 +383,9 @@ def plainly(rows, asked):
     """What /api/v1/twaps must show of these rows, by the rules and without SQL."""
 
     def late(row):
+        return (row["status"] != "activated", *when(row))
+
+    def when(row):
         return (row["ts"], row["status"] != "activated", [-ord(letter) for letter in row["status"]])
 
     def within(moment):
@@ -417,7 +420,7 @@ def plainly(rows, asked):
     return [
         (str(row["twap_id"]), models.iso(row["ts"]), row["status"])
         for twap in kept[: asked["limit"]]
-        for row in (twap[:1] if asked["latest_per_twap"] else twap)
+        for row in (twap[:1] if asked["latest_per_twap"] else sorted(twap, key=when, reverse=True))
     ]
 
 

@@ -73,7 +73,7 @@ def expected(served=SERVED, *, block_time=None, block_number=None, source="s3", 
             "block_number": block_number,
             "liquidation": one.get("liquidation"),
             "extra": None,
-            "lossy_numeric": None,
+            "is_exact": True,
             "source": source,
             **{ours: one.get(theirs) for ours, theirs in {**TEXTS, **BARE}.items()},
             **more,
@@ -139,20 +139,18 @@ def test_arrays_as_the_api_answers(indent):
 
 
 def test_a_user_is_given_only_to_fills_that_do_not_say_theirs():
-    given = [block(PAIRS[:1]), FLAT[1], SERVED[2][1]]
-    rows = clean(fills, lines(*given), user=WALLETS[5])
-    assert [row["user_address"] for row in rows] == [WALLETS[0], WALLETS[1], WALLETS[5]]
+    rows = clean(fills, lines(*(served[1] for served in SERVED)), user=WALLETS[5])
+    assert {(row["user_address"], row["source"]) for row in rows} == {(WALLETS[5], "api")}
     columns = {
         name: [one.get(name) for one in FLAT]
         for name in ("user", "coin", "tid", "oid", "side", "time", "px", "sz")
     }
-    assert [row["user_address"] for row in clean(fills, as_parquet(columns), user=WALLETS[5])] == list(
-        WALLETS[:3]
-    )
+    for body in (lines(block(PAIRS[:1])), lines(FLAT[1]), as_parquet(columns)):
+        with pytest.raises(files.LackingError, match="leave out --user"):
+            read(fills, body, user=WALLETS[5])
     del columns["user"]
-    assert [row["user_address"] for row in clean(fills, as_parquet(columns), user=WALLETS[5])] == [
-        WALLETS[5]
-    ] * 3
+    rows = clean(fills, as_parquet(columns), user=WALLETS[5])
+    assert [row["user_address"] for row in rows] == [WALLETS[5]] * 3
 
 
 def table_of(naming=str, **replaced):
@@ -234,7 +232,7 @@ def test_parquet_numbers_of_any_type(kind):
     rows = clean(fills, as_parquet(table_of(px=values, fee=values)))
     for name in ("px", "fee"):
         assert [Decimal(row[name]) for row in rows] == [Decimal(number) for number in numbers]
-    assert {row["lossy_numeric"] for row in rows} == {True if pa.types.is_floating(kind) else None}
+    assert {row["is_exact"] for row in rows} == {not pa.types.is_floating(kind)}
 
 
 def test_a_floating_point_number_is_its_shortest_text():
@@ -262,7 +260,19 @@ def test_parquet_without_the_fields_of_few_fills():
     bare = ("user", "coin", "tid", "oid", "side", "time", "px", "sz")
     rows = clean(fills, as_parquet({name: values for name, values in table_of().items() if name in bare}))
     for row, whole in zip(rows, expected(), strict=True):
-        kept = {"user_address", "coin", "tid", "oid", "side", "time", "px", "sz", "event_ix", "source"}
+        kept = {
+            "user_address",
+            "coin",
+            "tid",
+            "oid",
+            "side",
+            "time",
+            "px",
+            "sz",
+            "event_ix",
+            "source",
+            "is_exact",
+        }
         assert row == {name: value if name in kept else None for name, value in whole.items()}
 
 

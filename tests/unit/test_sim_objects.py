@@ -299,7 +299,7 @@ def test_parquet_of_fills_tells_what_the_lines_tell(tmp_path, fills, times, numb
     truth = fill_rows([rows], made)
     numbers_told = [Decimal(str(each)) for each in served]
     assert numbers_told == [row["start_position"] for row in truth]
-    assert {row["lossy_numeric"] for row in truth} == {True if numbers == "double" else None}
+    assert {row["is_exact"] for row in truth} == {numbers != "double"}
     assert told["user_address" if snake else "user"].to_list() == [row["user_address"] for row in truth]
     liquidations = told["liquidation"].to_list()
     assert [each for each in liquidations if each] == [

@@ -61,7 +61,7 @@ def expected(served=SERVED, **more):
             "ts_kind": "event",
             "event_time_ns": at(number),
             "block_number": None,
-            "lossy_numeric": None,
+            "is_exact": True,
             **{ours: one["state"][theirs] for theirs, ours in STATE.items()},
             **more,
         }
@@ -232,7 +232,7 @@ def test_bare_numbers_keep_their_digits():
     )
     (row,) = clean(twaps, body)
     assert (row["size_requested"], row["notional_executed"]) == ("10.00", "12345678901234567890.1230")
-    assert row["lossy_numeric"] is None
+    assert row["is_exact"]
 
 
 # --- Parquet ------------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def test_parquet_numbers_of_any_type(kind, nested):
         )
     for row in clean(twaps, body):
         assert [Decimal(str(row[name])) for name in NUMBERS] == [Decimal(number) for number in numbers]
-        assert row["lossy_numeric"] is (True if pa.types.is_floating(kind) else None)
+        assert row["is_exact"] is not pa.types.is_floating(kind)
         json.loads(row["raw_payload"])
 
 
