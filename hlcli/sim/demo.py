@@ -87,6 +87,7 @@ def run(home: Path) -> int:
     print(f"  {here} hlcli status --json  # the same health, for programs")
     print(f"  {here} hlcli db stop        # stop its server")
     print(f"  {here} hlcli universe show --diff")
+    print(f"  {here} hlcli serve          # the HTTP API of TWAPs; needs pip install -e '.[serve]'")
     print("  hlcli ingest vaults --limit 50   # the real exchange, into your own database")
     return 0
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Events that are decoded together, and so the rows of a load.
 BATCH = 20_000
 BATCH_BYTES = 6 << 20
+PARTS = 10
 CHUNK = 1 << 20
 # A block of a busy second is some 2 MB.
 MAX_LINE = 16 << 20
@@ -167,15 +168,20 @@ def _parquet(raw: pa.NativeFile) -> Iterator[pl.DataFrame]:
         if twice:
             raise UnusableError(f"column {twice[0]!r} stands twice")
         seen = 0
-        for batch in file.iter_batches(batch_size=BATCH, use_threads=False):
+        parts: list[pl.DataFrame] = []
+        # One text may stand in a dictionary and in a million rows: bytes are bounded as well as rows.
+        for batch in file.iter_batches(batch_size=max(BATCH // PARTS, 1), use_threads=False):
             seen += batch.num_rows
             # Parquet's text is any bytes, and Polars takes Arrow's word that it is UTF-8.
             batch.validate(full=True)
             try:
-                frame = _frame(batch)
+                parts.append(_frame(batch))
             except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
                 raise UnusableError(f"holds what cannot be read: {error}") from error
-            yield frame
+            full = len(parts) == PARTS or sum(part.estimated_size() for part in parts) >= 4 * BATCH_BYTES
+            if full or seen == rows:
+                yield pl.concat(parts)
+                parts = []
         if seen != rows:
             raise UnusableError(f"holds {seen:,} rows of the {rows:,} that it promises")
 
@@ -251,12 +257,14 @@ def _json(source: IO[bytes]) -> Iterator[Batch]:
 
 def _array(source: IO[bytes]) -> Iterator[Batch]:
     elements: list[Any] = []
+    size = 0
     try:
         for value in wire.items(source):
             elements.append(value)
-            if len(elements) >= BATCH:
+            size += len(str(value))
+            if len(elements) >= BATCH or size >= BATCH_BYTES:
                 yield Batch(elements=elements)
-                elements = []
+                elements, size = [], 0
     except (ValueError, ArithmeticError, RecursionError) as error:
         raise UnusableError(f"no JSON array: {error}") from None
     yield Batch(elements=elements)
