@@ -7,6 +7,7 @@ the caller's transaction, together with the cursor and the ledger.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Any, LiteralString
 from uuid import uuid4
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Counts", "Merge", "Rejected", "Table", "describe", "load", "quarantine"]
 
 COPY_ROWS = 20_000
-# Below this the look whether all rows are new costs more than it saves.
-PROBE_ROWS = 5_000
+# Below this a plain insert that fails costs more than one that succeeds saves.
+MANY_ROWS = 5_000
 # Types that are staged as themselves, so that a frame sorts them as the database does.
 ORDERED = ("smallint", "integer", "bigint", "timestamp with time zone")
 
@@ -267,19 +268,14 @@ def _merge(
     values = [name for name in columns if name not in table.key]
     compared = [name for name in values if name not in touch]
     ignore = rule is Merge.IGNORE or not compared
-    stored = None  # not looked up
-    if not ignore or staged >= PROBE_ROWS:
-        stored = _stored_keys(connection, table, stage, span, at_most=1 if ignore else staged)
-    if stored == 0 and staged >= PROBE_ROWS:
-        # ON CONFLICT writes and confirms each row twice, a third of the time. When no key is stored, a plain
-        # insert will do; a writer who gets in between is found out by the key, and the careful way follows.
-        try:
-            with connection.transaction():
-                return _number(connection, counted.format(insert, sql.SQL(""))), 0
-        except errors.UniqueViolation:
-            stored = _stored_keys(connection, table, stage, span, at_most=staged)
+    if staged >= MANY_ROWS:
+        # ON CONFLICT writes and confirms each row twice, a third of the time. Many rows are mostly new ones, and
+        # then a plain insert will do; the first key that is stored ends it, and the careful way follows.
+        with suppress(errors.UniqueViolation), connection.transaction():
+            return _number(connection, counted.format(insert, sql.SQL(""))), 0
     if ignore:
         return _number(connection, counted.format(insert, sql.SQL("on conflict do nothing"))), 0
+    stored = _stored_keys(connection, table, stage, span)
     result = {name: _result(rule, name, rank) for name in values}
     if rule is Merge.NEWER:
         changes = sql.SQL("{} > {}").format(_ranks("excluded", rank), _ranks("stored", rank))
@@ -296,7 +292,6 @@ def _merge(
     # What is new follows from what was stored: xmax, which would tell, is out of reach in partitioned tables, and
     # Citus reports wrong command tags.
     written = _number(connection, counted.format(insert, action))
-    assert stored is not None
     inserted = min(staged - stored, written)
     return inserted, written - inserted
 
@@ -334,19 +329,18 @@ def _span(table: Table, rows: pl.DataFrame) -> sql.Composable:
 
 
 def _stored_keys(
-    connection: Connection[Any], table: Table, stage: sql.Identifier, span: sql.Composable, *, at_most: int
+    connection: Connection[Any], table: Table, stage: sql.Identifier, span: sql.Composable
 ) -> int:
-    """How many staged keys are in the table already, up to `at_most`, by looking them up in the key's index."""
+    """How many staged keys are in the table already, by looking them up in the key's index."""
     query = sql.SQL(
         "select case when exists (select from {table}) then"
-        " (select count(*) from (select from {stage} staged join {table} stored on {same}{span} limit {most}) found)"
+        " (select count(*) from (select from {stage} staged join {table} stored on {same}{span}) found)"
         " else 0 end"
     ).format(
         stage=stage,
         table=table.identifier,
         same=_same_key(table, "stored", "staged"),
         span=span,
-        most=sql.Literal(at_most),
     )
     # The stage has no statistics; a hash of a table of millions would be built for nothing.
     joins = "select set_config('enable_hashjoin', %s, true), set_config('enable_mergejoin', %s, true)"
