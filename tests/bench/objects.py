@@ -37,6 +37,9 @@ def in_own_process(function: Callable[..., int], *arguments: object) -> int:
         return pool.submit(function, *arguments).result()
 
 
+TIMES = {"fills": "time", "twap_status": "ts"}
+
+
 def make_fills(folder: Path, rows: int, files: int, shape: FillShape, suffix: str) -> int:
     """Write files of so many fills in all; a Parquet file as a single row group. Returns how many there are."""
     from itertools import groupby
@@ -76,7 +79,8 @@ def compare(url: str, table: str, command: str, folder: Path, rows: int, rounds:
     assert stored == rows, (stored, rows)
     with tempfile.TemporaryDirectory(prefix="hlcli-bench-", dir="/tmp") as other:
         ready = Path(other, "ready.csv")
-        copy(url, f"\\copy (select * from {table}) to '{ready}' csv")
+        # In the order in which a source serves them, not in that of our loads.
+        copy(url, f"\\copy (select * from {table} order by {TIMES[table]}) to '{ready}' csv")
         whole, start, copied = [], [], []
         for _ in range(rounds):
             emptied(url, table)
