@@ -11,7 +11,7 @@ import typer
 from hlcli.cli import common
 
 if TYPE_CHECKING:
-    from hlcli.jobs.objects import Options
+    from hlcli.jobs.object_plan import Options
 
 
 def _path(text: str) -> Path:
@@ -93,7 +93,7 @@ def options(
     fail_if_locked: bool,
 ) -> Options:
     """Options of the job. Raises BadParameter for what excludes each other."""
-    from hlcli.jobs.objects import Options
+    from hlcli.jobs.object_plan import Options
 
     if object_key and local_file:
         raise typer.BadParameter("--object-key is of S3, --local-file is not: give one of them")

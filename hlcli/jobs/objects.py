@@ -7,7 +7,6 @@ loaded the next ones are fetched; within an object the next batch is decoded whi
 from __future__ import annotations
 
 import gc
-import json
 import os
 import tempfile
 import threading
@@ -15,8 +14,7 @@ import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -24,32 +22,30 @@ from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from psycopg import errors, sql
+from psycopg import errors
 
 from hlcli import migrations, output, s3
-from hlcli.exitcodes import ConfigError, TemporaryError, UsageError
+from hlcli.exitcodes import TemporaryError
 from hlcli.jobs import Job, Report, maintain, run_job
-from hlcli.loader import Counts, Merge, describe, load, quarantine
+from hlcli.jobs.object_load import Loading
+from hlcli.jobs.object_plan import Dataset, Options, Plan, local_file, make_plan, named_objects
+from hlcli.loader import Counts, describe
 from hlcli.logs import log, one_line
-from hlcli.s3 import StoredObject
 from hlcli.sources import files
 from hlcli.sqlfiles import query
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-    from datetime import timedelta
+    from collections.abc import Generator, Iterator, Sequence
+    from datetime import datetime
 
     import polars as pl
     from psycopg import Connection
 
-    from hlcli.ledger import Channel, Unit
-    from hlcli.loader import Table
+    from hlcli.s3 import StoredObject
     from hlcli.settings import Settings
 
 Item = TypeVar("Item")
 
-LOCAL = "file:"
-SUFFIXES = (".parquet", ".lz4", ".gz", ".zst", ".json", ".jsonl", ".ndjson")
 # Objects that could not be fetched, one after the other: S3 is out, and the others would only be tried in vain.
 OUTAGE_AFTER = 10
 # A malformed object may have been caught while it was written; after so many times it was not.
@@ -57,86 +53,10 @@ ATTEMPTS = 3
 REPLACEMENTS = 3
 # Two objects may hold the same rows; a transaction of many batches cannot take them in one order.
 DEADLOCKS = 5
-# Beyond this the rejected rows of one object are no oddities any more but the object itself.
-MAX_REJECTED = 100_000
-# When of so many rows, the first of an object, none can be stored, the others are not looked at.
-HOPELESS_ROWS = 1_000
 # What an object of an hour or a day touches. The rows of wilder ones go to the default partition, and are sorted by
 # `hlcli maintain`.
 COVERED_DAYS = 40
 SHOWN = 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dataset:
-    """What kind of objects these are, where they are, and the table that their rows go to."""
-
-    channel: Channel
-    table: str
-    time: str
-    """The column that tells when a row happened."""
-    newer: Sequence[str]
-    """The columns by which the better one of two rows with the same key is told; the first that differs decides."""
-    bucket: str
-    prefix: str
-    region: str
-    read: Callable[[Iterable[files.Batch]], Iterator[files.Rows]]
-    columns: Callable[[StoredObject], Mapping[str, Any]] = field(default=lambda _: {})
-    """What a row takes from its object, beside object_id."""
-    touch: Sequence[str] = ()
-    """Columns that are written with a change but, as those from the object, make none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What the command line decides."""
-
-    since: datetime | None = None
-    """Only objects that were last modified then or later."""
-    until: datetime | None = None
-    """Only objects that were last modified before."""
-    keys: Sequence[str] = ()
-    """Just these objects, whatever the log says of them."""
-    local: Sequence[Path] = ()
-    """Files, whatever the log says of them, and folders, of which all files."""
-    again: bool = False
-    """Objects that are done, too."""
-    limit: int | None = None
-    max_bytes: int
-    """Compressed; the first object is read however large."""
-    jobs: int
-    """Objects that are loaded at once, each on a connection of its own."""
-    deadline: timedelta
-    dry_run: bool = False
-    fail_if_locked: bool = False
-
-
-@dataclass(slots=True)
-class Plan:
-    """What is to be read."""
-
-    offered: int = 0
-    """Objects that were there to choose from."""
-    chosen: list[StoredObject] = field(default_factory=list)
-    done: int = 0
-    """Objects that are skipped, as they were read in this version."""
-    quarantined: int = 0
-    """Objects that are skipped, as they cannot be read in this version."""
-    left: int = 0
-    """Objects beyond --limit or --max-gb."""
-
-    @property
-    def size(self) -> int:
-        return sum(each.size for each in self.chosen)
-
-    def details(self) -> dict[str, Any]:
-        return {
-            "objects": len(self.chosen),
-            "bytes": self.size,
-            "skipped": self.done,
-            "quarantined_before": self.quarantined,
-            "left": self.left,
-        }
 
 
 def sync(settings: Settings, dataset: Dataset, options: Options) -> Report:
@@ -158,12 +78,12 @@ def sync(settings: Settings, dataset: Dataset, options: Options) -> Report:
             return made
 
         # What was named wrongly is no failure of the channel: before the run.
-        named = list(_named(dataset, options, client() if options.keys else None))
+        named = list(named_objects(dataset, options, client() if options.keys else None))
         if options.dry_run:
             return _rehearse(settings, dataset, options, client(), named)
 
         def work(job: Job) -> None:
-            plan = _plan(job.run.connection, dataset, options, client(), named)
+            plan = make_plan(job.run.connection, dataset, options, client(), named)
             job.report.details.update(plan.details())
             if plan.chosen:
                 with _rare_collections():
@@ -193,7 +113,7 @@ def _rehearse(
     started, report = time.monotonic(), Report(dataset.channel, status="dry-run")
     with migrations.connect_ready(settings, role=dataset.channel.name) as connection:
         connection.read_only = True
-        plan = _plan(connection, dataset, options, client, named)
+        plan = make_plan(connection, dataset, options, client, named)
     report.details.update(plan.details())
     if client is not None:
         cost = s3.cost_usd(dataset.region, len(plan.chosen), plan.size)
@@ -201,109 +121,6 @@ def _rehearse(
     report.details["first"] = [each.key for each in plan.chosen[:SHOWN]]
     report.seconds = round(time.monotonic() - started, 3)
     return report
-
-
-def _plan(
-    connection: Connection[Any],
-    dataset: Dataset,
-    options: Options,
-    client: s3.S3 | None,
-    named: Sequence[StoredObject],
-) -> Plan:
-    """Which objects are to be read: in the order of their keys, but those that have failed before come last.
-
-    Else a few that always fail would be taken for an outage in every run, and none behind them ever read.
-    """
-    plan, wanted = Plan(), []
-    bucket = LOCAL if options.local else dataset.bucket
-    known = {
-        key: seen for key, *seen in connection.execute(query("objects", "known"), (dataset.table, bucket))
-    }
-    for stored in chain(named, _found(dataset, options, client)):
-        plan.offered += 1
-        seen = known.get(stored.key)
-        # Rows of it may be missing since another object was replaced; nobody would ask for it by its time.
-        owed = seen is not None and seen[2] == "pending"
-        if not owed and (
-            (options.since and stored.last_modified < options.since)
-            or (options.until and stored.last_modified >= options.until)
-        ):
-            continue
-        if (
-            seen
-            and plan.offered > len(named)
-            and not options.again
-            and seen[:2] == [stored.etag, stored.size]
-        ):
-            if seen[2] == "ok":
-                plan.done += 1
-                continue
-            if seen[2] == "quarantined":
-                plan.quarantined += 1
-                continue
-        wanted.append(stored)
-    if client is not None and not plan.offered:
-        log.warning("s3://%s/%s holds no objects", dataset.bucket, dataset.prefix)
-    wanted.sort(key=lambda each: each.key in known and known[each.key][2] == "failed")
-    size = 0
-    for stored in wanted:
-        size += stored.size
-        full = options.limit is not None and len(plan.chosen) >= options.limit
-        if full or plan.left or (size > options.max_bytes and plan.chosen):
-            plan.left += 1
-        else:
-            plan.chosen.append(stored)
-    return plan
-
-
-def _named(dataset: Dataset, options: Options, client: s3.S3 | None) -> Iterator[StoredObject]:
-    """The objects and files that the command line names one by one. Raises UsageError for what is none."""
-    for path in options.local:
-        if not path.exists():
-            raise UsageError(f"--local-file: there is no {path}")
-        if path.is_file():
-            yield _file(path)
-        elif not path.is_dir():
-            raise UsageError(f"--local-file: {path} is neither a file nor a folder")
-    for key in dict.fromkeys(options.keys):
-        assert client is not None
-        try:
-            yield client.head(dataset.bucket, key)
-        except s3.GoneError as error:
-            raise UsageError(f"--object-key: there is no s3://{dataset.bucket}/{key}") from error
-        except s3.DeniedError as error:
-            raise ConfigError(str(error)) from error
-
-
-def _found(dataset: Dataset, options: Options, client: s3.S3 | None) -> Iterator[StoredObject]:
-    """The objects of the bucket, or the files of folders."""
-    for path in options.local:
-        if path.is_dir():
-            yield from map(_file, sorted(_files(path)))
-    if client is not None and not options.keys:
-        yield from client.list(dataset.bucket, dataset.prefix)
-
-
-def _files(folder: Path) -> set[Path]:
-    """The data files of a folder and its folders, but of no hidden one; each once, by whatever names."""
-    return {
-        path.resolve()
-        for path in folder.rglob("*")
-        if path.name.endswith(SUFFIXES)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
-
-
-def _file(path: Path) -> StoredObject:
-    """A file as if it were an object. Raises OSError, UsageError for a name that no database can hold."""
-    state = path.stat()
-    if not path.resolve().as_posix().isprintable():
-        raise UsageError(f"--local-file: the name of {path!r} cannot be kept")
-    modified = datetime.fromtimestamp(state.st_mtime_ns / 10**9, UTC)
-    return StoredObject(
-        LOCAL, str(path.resolve()), f"{state.st_size}-{state.st_mtime_ns}", state.st_size, modified
-    )
 
 
 class _StoppedError(Exception):
@@ -332,6 +149,7 @@ class _Reading:
     def __init__(self, job: Job, dataset: Dataset, options: Options, client: s3.S3 | None) -> None:
         self._job, self._dataset, self._options, self._client = job, dataset, options, client
         self._deadline = time.monotonic() + options.deadline.total_seconds()
+        self._table = describe(job.run.connection, dataset.table)
         self._stopped = threading.Event()
         self._failures_in_a_row = 0
         self._gone = self._given_up = 0
@@ -341,8 +159,9 @@ class _Reading:
         """Loads whose transaction is open."""
         self._idle = threading.Condition()
         """Is told when one of them ends."""
-        self._consumed: dict[str, int] = {}
-        """Bytes by key, of objects done and under way; for the progress bar."""
+        self._bytes_done = 0
+        self._bytes_read: dict[str, int] = {}
+        """By key, of the objects that are being loaded; with those done for the progress bar."""
 
     def read(self, plan: Plan) -> None:
         """Fetch and load all objects; what fails is counted and logged, and the others go on."""
@@ -383,7 +202,7 @@ class _Reading:
                         self._fetched(fetch, fetching.pop(fetch), ready)
                     for loaded in [each for each in loading if each.done()]:
                         self._loaded(loaded, loading.pop(loaded))
-                    bar.update(sum(self._consumed.values()) - bar.n)
+                    bar.update(self._bytes_done + sum(self._bytes_read.values()) - bar.n)
             except BaseException:
                 self._stopped.set()
                 # Again and again, as a load that was between two statements goes on to the next one.
@@ -453,7 +272,8 @@ class _Reading:
     def _loaded(self, future: Future[Counts], fetched: _Fetched) -> None:
         """Take note of what became of an object; an error of the database ends the run."""
         stored = fetched.stored
-        self._consumed[stored.key] = stored.size
+        self._bytes_read.pop(stored.key, None)
+        self._bytes_done += stored.size
         try:
             counts = future.result()
         except _UnusableError as error:
@@ -522,16 +342,15 @@ class _Reading:
                 closing(ahead(dataset.read(self._metered(file, stored)))) as batches,
             ):
                 first = next(batches, None)
-                table = describe(connection, dataset.table)
-                if first is not None and table.partitioned_by == dataset.time:
+                if first is not None and self._table.partitioned_by == dataset.time:
                     self._cover(connection, first.frame[dataset.time])
                 with self._midst(), self._job.run.unit(connection) as unit:
-                    loading = _Loading(unit, dataset, table, stored, self._version(stored))
+                    loading = Loading(unit, dataset, self._table, stored, self._version(stored))
                     for rows in chain([first] if first else [], batches):
                         if self._stopped.is_set():
                             raise _StoppedError
                         counts = loading.add(rows)
-                    if isinstance(fetched.place, Path) and _file(fetched.place) != stored:
+                    if isinstance(fetched.place, Path) and local_file(fetched.place) != stored:
                         raise files.UnusableError("changed while it was read")
                     return loading.finish()
         except (files.UnusableError, OSError) as error:
@@ -562,7 +381,7 @@ class _Reading:
 
     def _metered(self, file: files.File, stored: StoredObject) -> Iterator[files.Batch]:
         for batch in file.batches():
-            self._consumed[stored.key] = file.position
+            self._bytes_read[stored.key] = file.position
             yield batch
 
 
@@ -572,125 +391,6 @@ class _UnusableError(Exception):
     def __init__(self, cause: files.UnusableError | OSError, rows: int) -> None:
         super().__init__(str(cause))
         self.cause, self.rows = cause, rows
-
-
-class _Loading:
-    """The transaction of one object."""
-
-    def __init__(
-        self, unit: Unit, dataset: Dataset, table: Table, stored: StoredObject, version: dict[str, Any]
-    ) -> None:
-        self._unit, self._dataset, self._table = unit, dataset, table
-        self._stored, self._version = stored, version
-        self._counts = Counts()
-        self._first: datetime | None = None
-        self._last: datetime | None = None
-        self._object_id = self._begin()
-
-    def _begin(self) -> int:
-        """The object's number; the rows of a version that was replaced are removed."""
-        connection = self._unit.connection
-        connection.execute(query("objects", "begin"), self._version)
-        row = connection.execute(query("objects", "stored"), self._version).fetchone()
-        assert row is not None
-        object_id, loaded, first, last = row
-        if loaded not in {None, self._version["version"]} and first is not None:
-            connection.execute(
-                sql.SQL(query("objects", "remove_rows")).format(
-                    table=self._table.identifier,
-                    object_id=sql.Literal(object_id),
-                    time=sql.Identifier(self._dataset.time),
-                    first=sql.Literal(first),
-                    last=sql.Literal(last),
-                )
-            )
-            # After that, which waits for whoever is loading a row of ours: only then is that object seen as done.
-            owed = connection.execute(query("objects", "read_again"), {"object_id": object_id}).fetchall()
-            elsewhere = [key for key, bucket in owed if bucket != self._stored.bucket]
-            if elsewhere:
-                log.warning(
-                    "%s was replaced: rows that %s holds, too, come back when it is read again",
-                    self._stored.key,
-                    elsewhere[0],
-                )
-        return int(object_id)
-
-    def add(self, rows: files.Rows) -> Counts:
-        """Load a batch; returns the counts of all so far. Raises UnusableError when too much of it is rejected."""
-        import polars as pl
-
-        connection, run_id = self._unit.connection, self._unit.run.run_id
-        key = self._stored.key
-        # Such a row may be told by no more than its place: the same in every object.
-        told = [replace(each, key=[key, *each.key]) for each in rows.rejected]
-        self._counts += quarantine(connection, self._table.name, told, run_id)
-        if rows.frame.height:
-            first, last = _span(rows.frame[self._dataset.time])
-            self._first, self._last = min(self._first or first, first), max(self._last or last, last)
-            own = {"object_id": self._object_id, **self._dataset.columns(self._stored)}
-            frame = rows.frame.with_columns(pl.lit(value).alias(name) for name, value in own.items())
-            self._counts += load(
-                connection,
-                self._table,
-                frame,
-                rule=Merge.COMPLETE,
-                newer=self._dataset.newer,
-                touch=[*own, *self._dataset.touch],
-                run_id=run_id,
-            )
-        counts = self._counts
-        if counts.rejected > MAX_REJECTED or counts.rejected == counts.served > HOPELESS_ROWS:
-            raise self._unstorable()
-        return counts
-
-    def finish(self) -> Counts:
-        """Write the object's row in the log and in the ledger; returns the counts.
-
-        Raises LackingError when no row could be stored: then the object is another kind of thing, and neither shall
-        it take the place of the version before nor its content fill the quarantine.
-        """
-        counts = self._counts
-        if 0 < counts.served == counts.rejected:
-            raise self._unstorable()
-        self._unit.connection.execute(
-            query("objects", "loaded"),
-            {
-                **self._version,
-                "object_id": self._object_id,
-                "read": counts.served,
-                "ingested": counts.inserted + counts.updated,
-                "inserted": counts.inserted,
-                "rejected": counts.rejected,
-                "first": self._first,
-                "last": self._last,
-            },
-        )
-        self._unit.add(counts, units_ok=1)
-        return counts
-
-    def _unstorable(self) -> files.LackingError:
-        counts = self._counts
-        row = self._unit.connection.execute(
-            query("objects", "first_reason"),
-            {
-                "table_name": self._table.name,
-                "run_id": self._unit.run.run_id,
-                "row": f'"object_id": {self._object_id}[,}}]',
-                "place": json.dumps([self._stored.key])[:-1],
-            },
-        ).fetchone()
-        reason = row[0] if row else "unknown"
-        return files.LackingError(
-            f"{counts.rejected:,} of {counts.served:,} rows cannot be stored, the first for: {reason}"
-        )
-
-
-def _span(times: pl.Series) -> tuple[datetime, datetime]:
-    """The first and the last of times, of which there is one at least and none is missing."""
-    first, last = times.min(), times.max()
-    assert isinstance(first, datetime)
-    assert isinstance(last, datetime)
-    return first, last
 
 
 def ahead(items: Iterator[Item]) -> Generator[Item]:

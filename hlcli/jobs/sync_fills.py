@@ -7,24 +7,26 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hlcli.jobs import Report, objects
+from hlcli.jobs.object_plan import Dataset
 from hlcli.ledger import Channel
 from hlcli.sources import fills
 
 if TYPE_CHECKING:
+    from hlcli.jobs.object_plan import Options
     from hlcli.settings import Settings
 
 # A file of an hour appears some minutes after the hour.
 CHANNEL = Channel("s3", "fills", timedelta(hours=1), "hlcli fills sync", "17 * * * *")
 
 
-def sync_fills(settings: Settings, options: objects.Options, *, user: str | None = None) -> Report:
+def sync_fills(settings: Settings, options: Options, *, user: str | None = None) -> Report:
     """Read fills from new objects, or from files; `user` says whose they are where the file does not.
 
     Files are cut by arrival: the fills of an hour are in its object and in the next one.
 
     Raises what objects.sync() raises.
     """
-    dataset = objects.Dataset(
+    dataset = Dataset(
         channel=CHANNEL,
         table=fills.TABLE,
         time="time",

@@ -6,18 +6,20 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from hlcli.jobs import Report, objects
+from hlcli.jobs.object_plan import Dataset
 from hlcli.ledger import Channel
 from hlcli.sources import twaps
 
 if TYPE_CHECKING:
+    from hlcli.jobs.object_plan import Options
     from hlcli.settings import Settings
 
 CHANNEL = Channel("s3", "twap_status", timedelta(days=1), "hlcli twap sync", "30 0 * * *")
 
 
-def sync_twaps(settings: Settings, options: objects.Options) -> Report:
+def sync_twaps(settings: Settings, options: Options) -> Report:
     """Read TWAP events from new objects, or from files. Raises what objects.sync() raises."""
-    dataset = objects.Dataset(
+    dataset = Dataset(
         channel=CHANNEL,
         table=twaps.TABLE,
         time="ts",

@@ -50,7 +50,8 @@ def skewed(draw: pl.Expr, factors: int) -> pl.Expr:
     share: Any = 1
     for factor in range(factors):
         share *= draw // 2 ** (12 * factor) % 4096
-    return share * WALLETS // 4096**factors  # type: ignore[no-any-return]
+    number: pl.Expr = share * WALLETS // 4096**factors
+    return number
 
 
 def at(values: Sequence[Any] | pl.Series, place: pl.Expr) -> pl.Expr:

@@ -286,8 +286,9 @@ def _moments(values: pl.Series) -> pl.Series:
     """Datetimes as ISO 8601; those before 1970 or of a year of five digits as integers, for Polars cannot show all."""
     import polars as pl
 
+    assert isinstance(values.dtype, pl.Datetime)
     number = values.to_physical()
-    last = min(YEAR_10000_S * PER_SECOND[values.dtype.time_unit], 2**63) - 1  # type: ignore[attr-defined]
+    last = min(YEAR_10000_S * PER_SECOND[values.dtype.time_unit], 2**63) - 1
     known = pl.DataFrame({"at": values}).select(pl.when(number.is_between(0, last)).then("at")).to_series()
     return known.dt.to_string("iso").fill_null(number.cast(pl.String))
 

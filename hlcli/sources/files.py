@@ -127,12 +127,11 @@ class File:
     def _plain(self) -> IO[bytes]:
         import pyarrow as pa
 
-        for magic, codec in _COMPRESSIONS.items():
-            if self._head.startswith(magic):
-                return pa.CompressedInputStream(self._raw, codec)  # type: ignore[no-any-return]
-        if _SKIPPABLE.match(self._head):
-            return pa.CompressedInputStream(self._raw, "lz4")  # type: ignore[no-any-return]
-        return self._raw  # type: ignore[no-any-return]
+        codec = next((name for magic, name in _COMPRESSIONS.items() if self._head.startswith(magic)), None)
+        if codec is None and _SKIPPABLE.match(self._head):
+            codec = "lz4"
+        stream: IO[bytes] = pa.CompressedInputStream(self._raw, codec) if codec else self._raw
+        return stream
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hlcli.loader import Rejected
 from hlcli.sources import columns, times
 from hlcli.sources.files import BATCH, Batch, LackingError, Rows, UnusableError
+from hlcli.sources.times import GARBLED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,7 +57,6 @@ MAX_HELD = 200_000
 # When a node wrote the line: no fact of the fill.
 IGNORED = ("localtime",)
 NEEDED = (*KEY, "px", "sz")
-GARBLED = "no time from 2023 to 2100"
 NAMED = "says itself whose fills these are: leave out --user"
 # By key the fills that have it, each with its number.
 _Told = dict[tuple[Any, ...], dict[tuple[Any, ...], int]]
@@ -149,6 +149,7 @@ def _block_decoder() -> Callable[[bytes], Any]:
         for name, wire_name in WIRE_NAMES.items()
     ]
     fill = msgspec.defstruct("Fill", fields, forbid_unknown_fields=True, gc=False)
+    # mypy knows no types that are made while the program runs.
     around = [("events", list[tuple[str, fill]]), ("block_time", str), ("block_number", int)]  # type: ignore[valid-type]
     return msgspec.json.Decoder(msgspec.defstruct("Block", around, gc=False)).decode
 

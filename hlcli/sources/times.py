@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # What is served lies between 2023, when the exchange began, and 2100; the units cannot be confused there.
 EARLIEST_NS = 1_672_531_200 * 10**9
 LATEST_NS = 4_102_444_800 * 10**9
+# Why a row is rejected whose time is none of these.
+GARBLED = "no time from 2023 to 2100"
 # Nanoseconds, microseconds, milliseconds, seconds.
 UNITS_NS = (1, 10**3, 10**6, 10**9)
 # Of a second; a datetime would keep six digits of it.

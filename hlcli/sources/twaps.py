@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hlcli.loader import Rejected
 from hlcli.sources import columns, times, wire
 from hlcli.sources.files import Batch, LackingError, Rows
+from hlcli.sources.times import GARBLED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,7 +61,6 @@ NAMES = {
 NEEDED = ("twap_id", "wallet", "status")
 ERROR = "error"
 TIMELESS = "no time"
-GARBLED = "no time from 2023 to 2100"
 
 
 def read(batches: Iterable[Batch]) -> Iterator[Rows]:

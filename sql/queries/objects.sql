@@ -1,5 +1,5 @@
 -- name: known
-select s3_object_key, etag, size, state, attempts from etl_s3_ingest_log where table_name = %s and bucket = %s
+select s3_object_key, etag, size, state from etl_s3_ingest_log where table_name = %s and bucket = %s
 
 -- name: stored
 select object_id, loaded_version, first_time, last_time from etl_s3_ingest_log
