@@ -99,7 +99,7 @@ def load(
         staged = frame.height - len(rejected) - duplicate
         try:
             with connection.transaction():
-                inserted, updated = _merge(connection, table, stage, rows, rule, rank, touch, staged)
+                inserted, updated = _merge(connection, table, stage, rows.columns, rule, rank, touch, staged)
             break
         except errors.CheckViolation:
             if checked:
@@ -147,13 +147,6 @@ def _drop_repeats(connection: Connection[Any], table: Table, stage: sql.Identifi
     ).fetchone()
     assert dropped is not None
     return int(dropped[0])
-
-
-def _same_key(table: Table, one: str, other: str) -> sql.Composed:
-    return sql.SQL(" and ").join(
-        sql.SQL("{} = {}").format(sql.Identifier(one, name), sql.Identifier(other, name))
-        for name in table.key
-    )
 
 
 def _staged_kind(kind: str) -> LiteralString:
@@ -250,14 +243,13 @@ def _merge(
     connection: Connection[Any],
     table: Table,
     stage: sql.Identifier,
-    rows: pl.DataFrame,
+    columns: Sequence[str],
     rule: Merge,
     rank: Sequence[str],
     touch: Sequence[str],
     staged: int,
 ) -> tuple[int, int]:
-    """Move the stage, which holds `rows`, into the table; returns (inserted, updated)."""
-    columns, span = rows.columns, _span(table, rows)
+    """Move the stage, which holds `columns`, into the table; returns (inserted, updated)."""
     insert = sql.SQL("insert into {table} as stored ({columns}) select {typed} from {stage}").format(
         table=table.identifier,
         columns=sql.SQL(", ").join(map(sql.Identifier, columns)),
@@ -273,9 +265,11 @@ def _merge(
         # then a plain insert will do; the first key that is stored ends it, and the careful way follows.
         with suppress(errors.UniqueViolation), connection.transaction():
             return _number(connection, counted.format(insert, sql.SQL(""))), 0
-    if ignore:
-        return _number(connection, counted.format(insert, sql.SQL("on conflict do nothing"))), 0
-    stored = _stored_keys(connection, table, stage, span)
+    # What is new is found out by inserting it: xmax, which would tell, is out of reach in partitioned tables, Citus
+    # reports wrong command tags, and how to look keys up in new partitions the planner guesses badly.
+    inserted = _number(connection, counted.format(insert, sql.SQL("on conflict do nothing")))
+    if ignore or inserted == staged:
+        return inserted, 0
     result = {name: _result(rule, name, rank) for name in values}
     if rule is Merge.NEWER:
         changes = sql.SQL("{} > {}").format(_ranks("excluded", rank), _ranks("stored", rank))
@@ -289,11 +283,8 @@ def _merge(
         sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(name), result[name]) for name in values),
         changes,
     )
-    # What is new follows from what was stored: xmax, which would tell, is out of reach in partitioned tables, and
-    # Citus reports wrong command tags.
-    written = _number(connection, counted.format(insert, action))
-    inserted = min(staged - stored, written)
-    return inserted, written - inserted
+    # The rows just inserted are as they are served, and so no changes.
+    return inserted, _number(connection, counted.format(insert, action))
 
 
 def _number(connection: Connection[Any], query: sql.Composed) -> int:
@@ -316,35 +307,3 @@ def _result(rule: Merge, name: str, rank: Sequence[str]) -> sql.Composable:
     return sql.SQL("case when {} > {} then coalesce({}, {}) else coalesce({}, {}) end").format(
         _ranks("stored", rank), _ranks("excluded", rank), stored, served, served, stored
     )
-
-
-def _span(table: Table, rows: pl.DataFrame) -> sql.Composable:
-    """A condition that tells the planner which partitions the rows can be in; else each row would ask it anew."""
-    name = table.partitioned_by
-    if name is None or name not in table.key or rows.is_empty():
-        return sql.SQL("")
-    return sql.SQL(" and {} between {} and {}").format(
-        sql.Identifier("stored", name), sql.Literal(rows[name].min()), sql.Literal(rows[name].max())
-    )
-
-
-def _stored_keys(
-    connection: Connection[Any], table: Table, stage: sql.Identifier, span: sql.Composable
-) -> int:
-    """How many staged keys are in the table already, by looking them up in the key's index."""
-    query = sql.SQL(
-        "select case when exists (select from {table}) then"
-        " (select count(*) from (select from {stage} staged join {table} stored on {same}{span}) found)"
-        " else 0 end"
-    ).format(
-        stage=stage,
-        table=table.identifier,
-        same=_same_key(table, "stored", "staged"),
-        span=span,
-    )
-    # The stage has no statistics; a hash of a table of millions would be built for nothing.
-    joins = "select set_config('enable_hashjoin', %s, true), set_config('enable_mergejoin', %s, true)"
-    connection.execute(joins, ("off", "off"))
-    stored = _number(connection, query)
-    connection.execute(joins, ("on", "on"))
-    return stored
