@@ -13,9 +13,12 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from time import time
 
 from hlcli.sim.faults import Fault, load_faults
 from hlcli.sim.server import Simulator
+from hlcli.sim.user_fills import HISTORY_LIMIT, PAGE_LIMIT, UserFills
+from hlcli.sim.values import HOUR_MS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             faults = load_faults(options.faults.read_bytes())
         except (OSError, ValueError) as error:
             parser.error(f"--faults: {error}")
+    hour_ms = (int(time() * 1000) if options.now_ms is None else options.now_ms) // HOUR_MS * HOUR_MS
+    try:
+        user_fills = UserFills(
+            options.seed,
+            wallets=options.fill_wallets,
+            fills=options.fills,
+            recent_before_ms=hour_ms,
+            page_limit=options.page_limit,
+            history_limit=options.history_limit or None,
+        )
+    except ValueError as error:
+        parser.error(f"--fills: {error}")
     done = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: done.set())
@@ -40,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         faults=faults,
         now_ms=options.now_ms,
         port=options.port,
+        user_fills=user_fills,
     )
     with simulator:
         urls = {"info_url": simulator.info_url, "stats_url": simulator.stats_url, "url": simulator.url}
@@ -66,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vaults", type=int, default=300, help="number of vaults")
     parser.add_argument("--wallets", type=int, default=300, help="number of wallets")
     parser.add_argument("--weight-per-minute", type=int, default=1200, help="weight budget of the server")
+    parser.add_argument("--fill-wallets", type=int, default=120, help="number of wallets with fills")
+    parser.add_argument("--fills", type=int, default=20_000, help="number of their fills (even)")
+    parser.add_argument("--page-limit", type=int, default=PAGE_LIMIT, help="fills on a page")
+    parser.add_argument(
+        "--history-limit",
+        type=int,
+        default=HISTORY_LIMIT,
+        help="newest fills of a wallet that exist (0: all)",
+    )
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     parser.add_argument("--seed", type=int, default=1, help="seed of the data")
     parser.add_argument("--faults", type=Path, help="JSON file with an array of faults")

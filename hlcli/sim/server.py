@@ -18,6 +18,7 @@ from hlcli.sim.delivery import Line, deliver
 from hlcli.sim.exchange import Exchange
 from hlcli.sim.faults import Fault, Reply
 from hlcli.sim.served import Served
+from hlcli.sim.user_fills import UserFills
 from hlcli.sim.values import HOUR_MS
 from hlcli.sim.vaults import VaultUniverse
 from hlcli.sim.wallets import WalletUniverse
@@ -140,7 +141,8 @@ class Simulator:
     """A simulated exchange; a context manager that serves while it is open.
 
     ``clock_offset_ms`` shifts the wallets' clock: real time, or ``now_ms`` where that was given. The vaults stay at
-    ``now_ms``, by default the hour.
+    ``now_ms``, by default the hour. ``user_fills`` are by default those of a small world, which is made when first
+    asked for.
     """
 
     def __init__(
@@ -155,15 +157,20 @@ class Simulator:
         now_ms: int | None = None,
         port: int = 0,
         clock: Callable[[], float] = monotonic,
+        user_fills: UserFills | None = None,
     ) -> None:
         self._fixed_ms = now_ms
         self.clock_offset_ms = 0
         self.now_ms = int(time() * 1000) // HOUR_MS * HOUR_MS if now_ms is None else now_ms
         self.vaults = VaultUniverse(seed, vaults, self.now_ms)
         self.wallets = WalletUniverse(seed, wallets, self.clock_ms)
+        self.user_fills = (
+            UserFills(seed, recent_before_ms=self.now_ms, bursts=1) if user_fills is None else user_fills
+        )
         self.exchange = Exchange(weight_per_minute, faults, clock)
         self.exchange.register_info(self.vaults.info_handlers())
         self.exchange.register_info(self.wallets.info_handlers())
+        self.exchange.register_info(self.user_fills.info_handlers(self.clock_ms))
         self.exchange.register_document("/Mainnet/vaults", self.vaults.document())
         self.exchange.register_document("/Mainnet/leaderboard", self.wallets.document())
         self.exchange.register_control("/sim/clock", self._set_clock)
