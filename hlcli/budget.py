@@ -50,14 +50,19 @@ class Grant:
 
 
 class DeadlineError(TemporaryError):
-    """The time for a run or a request is up."""
+    """The time for a run or a request is up, or the weight that a run may spend."""
 
 
 class Budget:
-    """One process's door to the shared budget of its egress key. Safe to use from several threads."""
+    """One process's door to the shared budget of its egress key. Safe to use from several threads.
 
-    def __init__(self, settings: Settings) -> None:
+    `most_weight` is the most that this process may spend in all.
+    """
+
+    def __init__(self, settings: Settings, *, most_weight: int | None = None) -> None:
         self._settings = settings
+        self._most_weight = most_weight
+        self._asked = 0
         self._lock = threading.Lock()
         self._connection: Connection[Any] | None = None
         self._closed = False
@@ -71,6 +76,18 @@ class Budget:
 
         Raises DeadlineError when it does not fit in time; nothing is charged then.
         """
+        with self._lock:
+            if self._most_weight is not None and self.weight + self._asked + weight > self._most_weight:
+                raise DeadlineError(f"the next request might spend more than {self._most_weight} weight")
+            self._asked += weight
+        try:
+            return self._reserve(weight, priority, deadline)
+        except BaseException:
+            with self._lock:
+                self._asked -= weight
+            raise
+
+    def _reserve(self, weight: int, priority: Priority, deadline: float) -> Grant:
         settings, waiter = self._settings, uuid.uuid4()
         while True:
             wait_s, second = self._call(
@@ -102,6 +119,7 @@ class Budget:
         with self._lock:
             self.requests += 1
             self.weight += cost
+            self._asked -= grant.weight
         self._call(
             "select budget_settle(%s, %s, %s, %s, %s, %s, %s), null",
             self._settings.hl_egress_key,

@@ -15,12 +15,16 @@ MINIMUM_VERSION = 140000
 CONNECT_TIMEOUT = 10
 
 # Set after connecting, not through `options`: PgBouncer refuses start-up options that it does not know.
-# A stopped process must not hold its lock for ever, a lost client must be noticed, a query must end.
+# A stopped process must not hold its lock for ever, a lost client must be noticed (the server's keepalives: a machine
+# without power says no good-bye), a query must end.
 SESSION = """
 select set_config('TimeZone', 'UTC', false),
        set_config('statement_timeout', '15min', false),
        set_config('lock_timeout', '60s', false),
        set_config('idle_in_transaction_session_timeout', '5min', false),
+       set_config('tcp_keepalives_idle', '20', false),
+       set_config('tcp_keepalives_interval', '10', false),
+       set_config('tcp_keepalives_count', '3', false),
        set_config('client_min_messages', 'warning', false),
        set_config('search_path', quote_ident(current_schema()), false),
        set_config('DateStyle', 'ISO, MDY', false),

@@ -166,6 +166,11 @@ class HttpClient:
 
         return self._retrying(where, attempt, gate_waits=False)
 
+    @property
+    def overdue(self) -> bool:
+        """Whether the deadline is over."""
+        return time.monotonic() > self.deadline
+
     def close(self) -> None:
         """Close every connection of every thread."""
         with self._lock:

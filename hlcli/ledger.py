@@ -12,7 +12,7 @@ import socket
 import threading
 import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -41,6 +41,8 @@ class Channel:
     command: str
     cron: str
     """When the crontab starts it, in UTC; minutes are spread so that jobs do not all start at once."""
+    member: str = ""
+    """Which one, of a job whose runs may work side by side; the lock is the member's own then."""
 
     @property
     def label(self) -> str:
@@ -49,7 +51,8 @@ class Channel:
     @property
     def lock_key(self) -> int:
         # Not hash(): it is salted per process. The top half of int4 is left to fixed keys such as migrations.
-        return zlib.crc32(self.label.encode()) % (2**30) + 2**30
+        name = f"{self.label} {self.member}" if self.member else self.label
+        return zlib.crc32(name.encode()) % (2**30) + 2**30
 
     @property
     def stale_after(self) -> timedelta:
@@ -116,6 +119,10 @@ class Run:
             },
         )
 
+    def heard(self, connection: Connection[Any]) -> None:
+        """Tell that the run is alive, on a connection that is not amid a unit."""
+        connection.execute(query("ledger", "heard"), (self.run_id,))
+
     def release(self) -> None:
         """Give the lock back now: the server ends a closed session in its own time, and the next run may be near."""
         import psycopg
@@ -124,6 +131,11 @@ class Run:
             self.connection.execute(
                 "select pg_advisory_unlock(%s, %s)", (LOCK_NAMESPACE, self.channel.lock_key)
             )
+            if self.channel.member:
+                self.connection.execute(
+                    "select pg_advisory_unlock_shared(%s, %s)",
+                    (LOCK_NAMESPACE, _whole(self.channel).lock_key),
+                )
 
     @property
     def spent(self) -> dict[str, int]:
@@ -185,7 +197,8 @@ def begin(
 ) -> Run | None:
     """Take the channel's lock and open a ledger row; None, and a `skipped` row, when another run holds the lock.
 
-    Runs that are still marked running are dead, as their lock was free: they become `abandoned`.
+    A member takes its own lock, and shares that of the channel with the others. Runs that are still marked running
+    but hold no lock are dead: they become `abandoned`.
 
     Raises ConfigError behind a transaction pooler, where session locks do not hold. Needs autocommit.
     """
@@ -195,7 +208,8 @@ def begin(
     row = connection.execute("select pg_try_advisory_lock(%s, %s)", where).fetchone()
     if row != (True,):
         connection.execute(
-            query("ledger", "skip"), (run_id, channel.source, channel.name, int(locked_code), *place)
+            query("ledger", "skip"),
+            (run_id, channel.source, channel.name, channel.member, int(locked_code), *place),
         )
         return None
     held = connection.execute(
@@ -208,12 +222,22 @@ def begin(
             "a transaction pooler stands before the database, where locks do not hold: "
             "point DATABASE_URL at the server itself or at a session pool"
         )
-    connection.execute(query("ledger", "abandon"), (channel.source, channel.name))
+    if channel.member:
+        connection.execute(
+            "select pg_advisory_lock_shared(%s, %s)", (LOCK_NAMESPACE, _whole(channel).lock_key)
+        )
+    connection.execute(query("ledger", "abandon"), (LOCK_NAMESPACE, channel.source, channel.name))
     row = connection.execute(
-        query("ledger", "begin"), (run_id, channel.source, channel.name, *place)
+        query("ledger", "begin"),
+        (run_id, channel.source, channel.name, channel.member, channel.lock_key, *place),
     ).fetchone()
     assert row is not None
     return Run(connection, channel, run_id, row[0])
+
+
+def _whole(channel: Channel) -> Channel:
+    """The channel of which this is a member."""
+    return replace(channel, member="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,11 +269,11 @@ def health(connection: Connection[Any], channel: Channel) -> Health:
     assert row is not None
     last, last_success, current, skips, now = row
     age = now - last_success if last_success else None
-    started = datetime.fromisoformat(current["started_at"]) if current else None
+    alive = datetime.fromisoformat(current["heard_at"] or current["started_at"]) if current else None
     # A run that hangs must not look healthy for ever: beyond the time of a stale success it is stale itself.
-    if started and (now - max(started, last_success or started)) <= channel.stale_after:
+    if alive and (now - max(alive, last_success or alive)) <= channel.stale_after:
         state = "running"
-    elif started:
+    elif alive:
         state = "stale"
     elif last is None:
         state = "missing"

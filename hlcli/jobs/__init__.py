@@ -70,9 +70,11 @@ class Job:
     """ok, partial or failed, where the job knows better than the count of units."""
 
     @contextmanager
-    def client(self, *, deadline: timedelta, **options: Any) -> Iterator[HttpClient]:
+    def client(
+        self, *, deadline: timedelta, most_weight: int | None = None, **options: Any
+    ) -> Iterator[HttpClient]:
         """The HTTP client of this run; what it spends is the run's. `deadline` counts from now."""
-        self.run.budget = budget = Budget(self.settings)
+        self.run.budget = budget = Budget(self.settings, most_weight=most_weight)
         client = HttpClient(budget=budget, deadline=time.monotonic() + deadline.total_seconds(), **options)
         try:
             yield client
@@ -99,9 +101,10 @@ def run_job(
         run = ledger.begin(connection, channel, locked_code=locked_code)
         if run is None:
             report.status = "skipped"
-            log.warning("%s: another run holds the lock, skipped", channel.label)
+            which = f"{channel.label} {channel.member}".strip()
+            log.warning("%s: another run holds the lock, skipped", which)
             if fail_if_locked:
-                raise LockedError(f"{channel.label}: another run holds the lock")
+                raise LockedError(f"{which}: another run holds the lock")
             return report
         report.run_id = str(run.run_id)
         logs.set_run_id(report.run_id)

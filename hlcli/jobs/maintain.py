@@ -264,17 +264,30 @@ def cover(connection: Connection[Any], name: str, moments: Sequence[datetime]) -
     What is refused, as when somebody uses the table for long, is left: rows then go into the default partition, and
     maintain() moves them. Needs autocommit.
     """
+    refused: Exception | None = None
     try:
         rule = _rule(connection, name)
-        for moment in moments if rule.partitioned else ():
-            for span in _missing(connection, rule, moment, moment):
+    except ConfigError as error:
+        log.info("%s: no partitions were made: %s", name, one_line(error))
+        return
+    for moment in moments if rule.partitioned else ():
+        try:
+            # Looked for once without the lock, which keeps everybody from the table, and once with it: workers that
+            # begin together want the same ones.
+            if _missing(connection, rule, moment, moment):
                 with connection.transaction():
                     connection.execute("select set_config('lock_timeout', %s, true)", (LOCK_TIMEOUT,))
-                    _make(connection, rule=rule, span=span)
-    except REFUSALS as error:
-        if connection.closed:
-            raise
-        log.info("%s: not all partitions were made: %s", name, one_line(error))
+                    connection.execute(sql.SQL(query("maintain", "lock")).format(table=rule.identifier))
+                    for span in _missing(connection, rule, moment, moment):
+                        _make(connection, rule=rule, span=span)
+        except REFUSALS as error:
+            if connection.closed:
+                raise
+            refused = error
+            if isinstance(error, psycopg.errors.LockNotAvailable):
+                break  # each of the others would wait as long, and everybody behind it
+    if refused is not None:
+        log.info("%s: not all partitions were made: %s", name, one_line(refused))
 
 
 def _found(

@@ -1,23 +1,32 @@
 -- name: begin
-insert into ingestion_runs (run_id, source, channel, status, host, pid, version)
-values (%s, %s, %s, 'running', %s, %s, %s) returning started_at
+insert into ingestion_runs (run_id, source, channel, status, member, lock_key, host, pid, version)
+values (%s, %s, %s, 'running', %s, %s, %s, %s, %s) returning started_at
 
 -- name: skip
-insert into ingestion_runs (run_id, source, channel, status, finished_at, exit_code, error, host, pid, version)
-values (%s, %s, %s, 'skipped', clock_timestamp(), %s, 'another run holds the lock', %s, %s, %s)
+insert into ingestion_runs (run_id, source, channel, status, member, finished_at, exit_code, error, host, pid, version)
+values (%s, %s, %s, 'skipped', %s, clock_timestamp(), %s, 'another run holds the lock', %s, %s, %s)
 
--- Whoever holds the channel's lock knows that every other run of it is dead.
+-- A run lives as long as its lock is held, and none of those here is the caller's.
 -- name: abandon
 update ingestion_runs set status = 'abandoned', finished_at = clock_timestamp(),
     error = 'found dead by a later run'
-where source = %s and channel = %s and status = 'running'
+where status = 'running' and run_id in (
+    select r.run_id from ingestion_runs r
+    left join pg_locks l on l.locktype = 'advisory' and l.classid = %s and l.objid = r.lock_key and l.objsubid = 2
+        and l.granted and l.pid <> pg_backend_pid()
+        and l.database = (select oid from pg_database where datname = current_database())
+    where r.source = %s and r.channel = %s and r.status = 'running' and l.pid is null)
+
+-- name: heard
+update ingestion_runs set heard_at = clock_timestamp() where run_id = %s and status = 'running'
 
 -- name: add
 update ingestion_runs set units_ok = units_ok + %(units_ok)s, units_failed = units_failed + %(units_failed)s,
     rows_served = rows_served + %(served)s, rows_inserted = rows_inserted + %(inserted)s,
     rows_updated = rows_updated + %(updated)s, rows_unchanged = rows_unchanged + %(unchanged)s,
     rows_duplicate = rows_duplicate + %(duplicate)s, rows_rejected = rows_rejected + %(rejected)s,
-    rows_failed = rows_failed + %(failed)s, requests = %(requests)s, weight = %(weight)s
+    rows_failed = rows_failed + %(failed)s, requests = %(requests)s, weight = %(weight)s,
+    heard_at = clock_timestamp()
 where run_id = %(run_id)s and status = 'running'
 returning run_id
 
