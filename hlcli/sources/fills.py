@@ -57,6 +57,8 @@ MAX_HELD = 200_000
 # When a node wrote the line: no fact of the fill.
 IGNORED = ("localtime",)
 NEEDED = (*KEY, "px", "sz")
+# Of two rows with one key the exact one wins, then the one from S3, which tells more.
+NEWER = ("is_exact", "source")
 NAMED = "says itself whose fills these are: leave out --user"
 # By key the fills that have it, each with its number.
 _Told = dict[tuple[Any, ...], dict[tuple[Any, ...], int]]
@@ -216,7 +218,7 @@ def _from_values(user: str | None, values: Sequence[Any]) -> Rows:
     for name, given in around.items():
         told[name] = columns.first_of(given, told[name]) if name in told else given
     if user is not None:
-        if any(each is not None for each in told["user_address"]):
+        if any(each is not None and str(each).lower() != user for each in told["user_address"]):
             raise LackingError(NAMED)
         told["user_address"] = [user] * len(fills)
     extra = [key for key in unknown if columns.plain(key) not in IGNORED]
