@@ -9,6 +9,7 @@ import typer
 
 from hlcli import __version__
 from hlcli.cli import (
+    backfill,
     common,
     database,
     demo,
@@ -76,6 +77,7 @@ app.command("snapshot", epilog=snapshot.EPILOG)(snapshot.snapshot)
 app.add_typer(signals.app, name="signals")
 app.add_typer(twap.app, name="twap")
 app.add_typer(fills.app, name="fills")
+app.command("backfill", epilog=backfill.EPILOG)(backfill.backfill)
 app.command("maintain", epilog=maintain.EPILOG)(maintain.maintain)
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("status", epilog=status.EPILOG)(status.status)

@@ -18,6 +18,7 @@ from hlcli.exitcodes import MEANINGS, ConfigError, ExitCode, HlcliError, exit_co
 
 if TYPE_CHECKING:
     from hlcli.jobs import Report
+    from hlcli.jobs.backfill_fleet import Fleet
     from hlcli.settings import Settings
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -158,6 +159,19 @@ def _summary(report: Report) -> None:
         elif isinstance(value, list):
             value = "".join(f"\n    {output.printable(each)}" for each in value) or "none"  # noqa: PLW2901
         print(f"  {name.replace('_', ' ')}: {value}")
+
+
+def fleet_line(found: Fleet) -> str:
+    """The backfill in a line."""
+    from hlcli import output
+
+    states = found.states
+    told = [f"{states[name]:,} {name}" for name in ("complete", "truncated", "failed") if states.get(name)]
+    working = sum(each.state == "working" for each in found.members)
+    left = f"{found.left:,} left, {working} workers" if found.left else "none left"
+    if found.left and found.seconds_left is not None:
+        left += f", {output.span(found.seconds_left)} at this pace"
+    return f"backfill: {found.wallets:,} wallets ({', '.join(told) or 'none done'}), {left}; {found.fills:,} fills"
 
 
 def tell(error: BaseException) -> ExitCode:

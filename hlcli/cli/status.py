@@ -48,6 +48,7 @@ def _print_json(found: Status) -> None:
         {
             "channels": health,
             "snapshots": asdict(found.snapshots) if found.snapshots else None,
+            "backfill": found.backfill.as_json() if found.backfill else None,
             "budgets": [asdict(each) | {"limit": found.weight_per_minute} for each in found.budgets],
         }
     )
@@ -84,6 +85,14 @@ def _print(found: Status) -> None:
             f"snapshots {state.health_state}: coverage {state.coverage_pct} % at {state.last_snapshot_ts:%H:%MZ},"
             f" last usable {'never' if age is None else output.span(max(age, 0)) + ' ago'}"
         )
+    if found.backfill:
+        print(common.fleet_line(found.backfill))
+        for worker in found.backfill.members:
+            print(
+                f"  worker {output.printable(worker.member)} {worker.state},"
+                f" heard {output.span(worker.silence.total_seconds())} ago: {worker.units_ok:,} wallets,"
+                f" {worker.per_minute(worker.weight):,.0f} weight/min, {worker.left:,} left"
+            )
     for use in found.budgets:
         closed = f", closed until {use.blocked_until:%H:%M:%SZ}" if use.blocked_until else ""
         print(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hlcli import ledger, migrations
 from hlcli.exitcodes import ExitCode, UsageError
 from hlcli.jobs import channels
+from hlcli.jobs.backfill_fleet import Fleet, fleet
 from hlcli.sqlfiles import query
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Status:
     weight_per_minute: int
     snapshots: SnapshotHealth | None
     """None before the first snapshot."""
+    backfill: Fleet | None
+    """None before the first one."""
 
     def exit_code(self, *, named: bool) -> ExitCode:
         """PARTIAL when a channel failed or is stale; one that never ran counts only when asked for by name."""
@@ -73,10 +76,12 @@ def read_status(settings: Settings, names: Sequence[str] = ()) -> Status:
     with migrations.connect_ready(settings, role="status") as connection:
         health = [ledger.health(connection, channel) for channel in chosen]
         rows: list[tuple[Any, ...]] = connection.execute(query("ledger", "budget")).fetchall()
+        workers = fleet(connection)
         snapshots: tuple[Any, ...] | None = connection.execute(query("wallets", "health")).fetchone()
     return Status(
         health,
         [BudgetUse(*row) for row in rows],
         settings.hl_api_weight_per_minute,
         SnapshotHealth(*snapshots) if snapshots else None,
+        workers if workers.wallets or workers.members else None,
     )

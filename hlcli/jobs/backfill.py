@@ -1,0 +1,166 @@
+"""`hlcli backfill`: every wallet's fills from the API, by any number of workers.
+
+Threads walk the wallets and ask for pages; the thread that runs the job loads all pages that are here in one
+transaction, with what they cover. Neither waits for the other while few pages lie between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Self
+
+import psycopg
+
+from hlcli import migrations, output
+from hlcli.exitcodes import UsageError
+from hlcli.jobs import Job, Report, run_job
+from hlcli.jobs.backfill_queue import Queue, Shard, Window
+from hlcli.jobs.backfill_store import Store
+from hlcli.jobs.backfill_walk import Walkers
+from hlcli.ledger import Channel
+from hlcli.logs import log
+from hlcli.sources.user_fills import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tqdm import tqdm
+
+    from hlcli.settings import Settings
+
+CHANNEL = Channel("hyperliquid", "backfill", timedelta(days=1), "hlcli backfill", "47 * * * *")
+
+# Spec 003's launch of the exchange.
+LAUNCH = datetime(2023, 11, 1, tzinfo=UTC)
+# The files of fills by block begin amid the hour before; from this one on they are whole.
+S3_BEGINS = datetime(2025, 7, 27, 9, tzinfo=UTC)
+LEASE = timedelta(minutes=2)
+UNBOUNDED = timedelta(days=3650)
+BAR_S, LINE_S = 5.0, 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line decides."""
+
+    worker_id: int = 0
+    total_workers: int = 1
+    own_shard: bool = False
+    """Stop when the own shard is done, and leave the others' to them."""
+    users: Sequence[str] | None = None
+    """None: all wallets in `fills` and of the universe."""
+    since: datetime = LAUNCH
+    until: datetime = S3_BEGINS
+    limit: int | None = None
+    deadline: timedelta | None = None
+    max_weight: int | None = None
+    concurrency: int = 8
+    lease: timedelta = LEASE
+    page_size: int = PAGE_SIZE
+    fail_if_locked: bool = False
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.worker_id, self.total_workers, self.own_shard)
+
+    @property
+    def window(self) -> Window:
+        """What is asked for. Raises UsageError for a window that is empty."""
+        if self.since >= self.until:
+            raise UsageError(
+                f"nothing is between {self.since:%Y-%m-%d %H:%M}Z and {self.until:%Y-%m-%d %H:%M}Z"
+            )
+        return Window(self.since, self.until)
+
+
+def backfill(settings: Settings, options: Options) -> Report:
+    """Ask the API for the fills of every wallet that is wanted and not yet there.
+
+    A unit is a wallet; each page commits by itself, with what it covers. The run ends when no wallet is left, neither
+    waiting nor leased by another worker, or at the deadline.
+
+    Raises UsageError for an empty window, and what run_job() raises.
+    """
+    window = options.window
+    member = f"{options.worker_id}/{options.total_workers}@{settings.hl_egress_key}"
+
+    def work(job: Job) -> None:
+        with (
+            job.client(deadline=options.deadline or UNBOUNDED, most_weight=options.max_weight) as client,
+            migrations.connect_ready(settings, role="backfill_queue") as connection,
+        ):
+            queue = Queue(connection, job.run.run_id, options.shard, options.lease, options.users)
+            queue.want(window)
+            store = Store(job, options.lease)
+            walkers = Walkers(
+                job,
+                client,
+                queue,
+                concurrency=options.concurrency,
+                limit=options.limit,
+                page_size=options.page_size,
+            )
+            with _Progress(job, queue, store) as progress, walkers:
+                try:
+                    while not walkers.ended():
+                        if store.keep(walkers.ready()):
+                            walkers.stop()
+                        progress.tell()
+                finally:
+                    walkers.stop(at_once=True)
+                    with suppress(psycopg.Error):
+                        queue.release()
+            job.report.details.update(
+                complete=store.states["complete"],
+                truncated=store.states["truncated"],
+                lost_leases=store.lost,
+                wallets_left=queue.left().all,
+            )
+
+    return run_job(settings, replace(CHANNEL, member=member), work, fail_if_locked=options.fail_if_locked)
+
+
+class _Progress:
+    """How far all workers are: a bar on a terminal, else a line a minute (with -v)."""
+
+    def __init__(self, job: Job, queue: Queue, store: Store) -> None:
+        self._job, self._queue, self._store = job, queue, store
+        self._total = queue.left().all
+        self._bar: tqdm[Any] = output.progress(self._total, "backfill", " wallets")
+        self._marks = deque([self._mark()])
+        """(time, fills, weight) of the last minute."""
+
+    def _mark(self) -> tuple[float, int, int]:
+        return time.monotonic(), self._store.fills, self._job.run.spent["weight"]
+
+    def tell(self) -> None:
+        """Say how far it is, where enough time has gone by."""
+        now = time.monotonic()
+        if now - self._marks[-1][0] < (LINE_S if self._bar.disable else BAR_S):
+            return
+        while len(self._marks) > 1 and self._marks[0][0] < now - LINE_S:
+            self._marks.popleft()
+        since, fills_then, weight_then = self._marks[0]
+        mark = self._mark()
+        self._marks.append(mark)
+        rate, weight = (mark[1] - fills_then) / (now - since), 60 * (mark[2] - weight_then) / (now - since)
+        left = self._queue.left().all
+        self._total = max(self._total, left)
+        pace = f"{rate:,.0f} fills/s, {weight:,.0f} weight/min"
+        if self._bar.disable:
+            log.info("%d of %d wallets are left, %d fills came; %s", left, self._total, mark[1], pace)
+            return
+        self._bar.total = self._total
+        self._bar.set_postfix_str(pace, refresh=False)
+        self._bar.update(self._total - left - self._bar.n)
+        self._bar.refresh()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

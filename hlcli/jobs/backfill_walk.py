@@ -1,0 +1,170 @@
+"""The threads of a backfill that lease wallets and ask for their pages."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from queue import Empty, Full
+from queue import Queue as Pipe
+from typing import TYPE_CHECKING, Any, Self
+
+from hlcli.budget import DeadlineError
+from hlcli.http import SourceError
+from hlcli.jobs.backfill_store import Failed, Fetched, Item, Walked
+from hlcli.sources import user_fills
+from hlcli.sources.files import UnusableError
+from hlcli.sources.user_fills import Start
+
+if TYPE_CHECKING:
+    from hlcli.http import HttpClient
+    from hlcli.jobs import Job
+    from hlcli.jobs.backfill_queue import Lease, Queue
+
+# Pages that wait for being loaded; more would only take memory.
+PIPE_PAGES = 32
+# What is loaded in one transaction at most.
+GROUP_ROWS = 20_000
+# Renewals during a lease: one that is late for once does not end it.
+HEARTBEATS = 6
+IDLE_S = 1.0
+
+
+class Walkers:
+    """Threads that walk wallets, and one that keeps their leases alive; a context manager that ends them."""
+
+    def __init__(
+        self,
+        job: Job,
+        client: HttpClient,
+        queue: Queue,
+        *,
+        concurrency: int,
+        limit: int | None,
+        page_size: int,
+    ) -> None:
+        self._job, self._client, self._queue = job, client, queue
+        self._concurrency, self._page_size = concurrency, page_size
+        self._may_claim = limit
+        self._pipe: Pipe[Item | BaseException] = Pipe(PIPE_PAGES)
+        self._stopping, self._gone = threading.Event(), threading.Event()
+        self._claiming = threading.Lock()
+        self._claimed: deque[Lease] = deque()
+        self._threads = [self._thread(self._walk_wallets) for _ in range(concurrency)]
+
+    def __enter__(self) -> Self:
+        for thread in (*self._threads, self._thread(self._beat)):
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(at_once=True)
+
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return not any(thread.is_alive() for thread in self._threads) and self._pipe.empty()
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Begin no further page; `at_once`: what is under way is not waited for either."""
+        self._stopping.set()
+        if at_once:
+            self._gone.set()
+            self._client.deadline = 0.0  # no thread may begin another attempt
+
+    def ready(self) -> list[Item]:
+        """What has come, some 20,000 rows of it at most; waits a moment for the first. Raises what ended a thread."""
+        items: list[Item] = []
+        rows = 0
+        while rows < GROUP_ROWS and len(items) < 2 * PIPE_PAGES:
+            try:
+                item = self._pipe.get_nowait() if items else self._pipe.get(timeout=0.2)
+            except Empty:
+                break
+            if isinstance(item, BaseException):
+                raise item
+            items.append(item)
+            rows += item.fills if isinstance(item, Fetched) else 0
+        return items
+
+    def _thread(self, task: Any) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                task()
+            except BaseException as error:
+                # Whatever ends a thread ends the run.
+                self._stopping.set()
+                self._put(error)
+
+        return threading.Thread(target=guarded, name=task.__name__, daemon=True)
+
+    def _walk_wallets(self) -> None:
+        while (lease := self._next()) is not None:
+            try:
+                self._walk(lease)
+            except DeadlineError:
+                self._stopping.set()
+            except (SourceError, UnusableError) as error:
+                self._put(Failed(lease, error))
+
+    def _next(self) -> Lease | None:
+        """The next wallet to walk; waits while others hold what is left, as they may die."""
+        while not self._stopping.is_set():
+            with self._claiming:
+                if not self._claimed:
+                    most = (
+                        self._concurrency
+                        if self._may_claim is None
+                        else min(self._concurrency, self._may_claim)
+                    )
+                    if not most:
+                        return None
+                    self._claimed.extend(self._queue.claim(most))
+                    if self._may_claim is not None:
+                        self._may_claim -= len(self._claimed)
+                if self._claimed:
+                    return self._claimed.popleft()
+                if not self._queue.has_left():
+                    return None
+                if self._client.overdue:
+                    self._stopping.set()
+                # With the lock: one that asks is enough.
+                self._stopping.wait(IDLE_S)
+        return None
+
+    def _walk(self, lease: Lease) -> None:
+        """Ask for all that is left of a wallet, page by page."""
+        # Of slices there is no history to speak of: the exchange keeps some two weeks.
+        for kind, ranges, begins in (
+            (user_fills.FILLS, lease.fills, Start.UNKNOWN),
+            (user_fills.SLICES, lease.slices, Start.PLAIN),
+        ):
+            spent: list[int] = []
+            ask = user_fills.asker(
+                self._client,
+                self._job.settings,
+                kind,
+                lease.user,
+                page_size=self._page_size,
+                spent=spent.append,
+            )
+            for start, end in ranges:
+                for page in user_fills.pages(ask, start, end, begins, page_size=self._page_size):
+                    rows = user_fills.rows(lease.user, page.events)
+                    self._put(Fetched.of(lease, kind, page, rows, sum(spent)))
+                    spent.clear()
+                    if lease.lost or self._stopping.is_set():
+                        return
+        self._put(Walked(lease))
+
+    def _put(self, item: Item | BaseException) -> None:
+        while not self._gone.is_set():
+            try:
+                return self._pipe.put(item, timeout=IDLE_S)
+            except Full:
+                continue
+        return None
+
+    def _beat(self) -> None:
+        """Keep the leases, and the run's row, alive."""
+        while not self._gone.wait(self._queue.lease.total_seconds() / HEARTBEATS):
+            self._queue.renew()
+            self._job.run.heard(self._queue.connection)
