@@ -40,7 +40,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, whole:
 
     Columns named in `whole` are never broken in two, so that what stands in them can be copied.
     """
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = ([_cell(value) for value in row] for row in rows)
     if not sys.stdout.isatty():
         print("\t".join(columns))
         for row in cells:

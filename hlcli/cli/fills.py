@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hlcli.cli import common, objects
+from hlcli.cli import common, coverage, objects
 
 app = typer.Typer(help="Every wallet's fills.", no_args_is_help=True)
 
@@ -64,3 +64,6 @@ read again by the next run, one that was replaced as well.
         fail_if_locked=fail_if_locked,
     )
     common.show_report(sync_fills(common.settings(), options, user=user), as_json=as_json, always=dry_run)
+
+
+app.command(epilog=coverage.EPILOG)(coverage.coverage)
