@@ -62,12 +62,15 @@ def backfill(
     max_weight: Annotated[
         int | None, typer.Option(min=1, metavar="WEIGHT", help="Stop before more than this is spent.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Wallets that are asked for at once.")] = 8,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Wallets that are asked for at once.")
+    ] = 8,
     lease: Annotated[
         timedelta, common.duration_option("After so long without a sign of life others take over (2m).")
     ] = timedelta(minutes=2),
     page_size: Annotated[
-        int, typer.Option(min=1, max=100_000, help="Fills that the exchange serves at once at most.")
+        int,
+        typer.Option(min=1, max=10_000, metavar="N", help="Fills that the exchange serves at once at most."),
     ] = 2000,
     fail_if_locked: common.FailIfLocked = False,
     as_json: common.Json = False,
@@ -83,6 +86,8 @@ covers, so a run that ends goes on where it was. Workers with other addresses sh
 
     if worker_id >= total_workers:
         raise typer.BadParameter(f"--worker-id: the last of {total_workers} workers is {total_workers - 1}")
+    if not timedelta(seconds=1) <= lease <= timedelta(days=1):
+        raise typer.BadParameter("--lease: from 1s to 1d")
     if estimate and status:
         raise typer.BadParameter("--estimate or --status, not both")
     settings = common.settings()

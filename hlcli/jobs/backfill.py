@@ -23,7 +23,7 @@ from hlcli.jobs.backfill_store import Store
 from hlcli.jobs.backfill_walk import Walkers
 from hlcli.ledger import Channel
 from hlcli.logs import log
-from hlcli.sources.user_fills import PAGE_SIZE
+from hlcli.sources import info, user_fills
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ class Options:
     max_weight: int | None = None
     concurrency: int = 8
     lease: timedelta = LEASE
-    page_size: int = PAGE_SIZE
+    page_size: int = user_fills.PAGE_SIZE
     fail_if_locked: bool = False
 
     @property
@@ -83,9 +83,12 @@ def backfill(settings: Settings, options: Options) -> Report:
     A unit is a wallet; each page commits by itself, with what it covers. The run ends when no wallet is left, neither
     waiting nor leased by another worker, or at the deadline.
 
-    Raises UsageError for an empty window, and what run_job() raises.
+    Raises UsageError for an empty window and for less weight than a page may cost, and what run_job() raises.
     """
     window = options.window
+    dearest = info.weight(user_fills.FILLS, options.page_size)
+    if options.max_weight is not None and options.max_weight < dearest:
+        raise UsageError(f"--max-weight: a single page may cost {dearest}")
     member = f"{options.worker_id}/{options.total_workers}@{settings.hl_egress_key}"
 
     def work(job: Job) -> None:

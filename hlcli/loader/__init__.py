@@ -267,7 +267,8 @@ def _merge(
             return _number(connection, counted.format(insert, sql.SQL(""))), 0
     # What is new is found out by inserting it: xmax, which would tell, is out of reach in partitioned tables, Citus
     # reports wrong command tags, and how to look keys up in new partitions the planner guesses badly.
-    inserted = _number(connection, counted.format(insert, sql.SQL("on conflict do nothing")))
+    key = sql.SQL("on conflict ({})").format(sql.SQL(", ").join(map(sql.Identifier, table.key)))
+    inserted = _number(connection, counted.format(insert, sql.SQL("{} do nothing").format(key)))
     if ignore or inserted == staged:
         return inserted, 0
     result = {name: _result(rule, name, rank) for name in values}
@@ -278,8 +279,8 @@ def _merge(
             sql.SQL(", ").join(sql.Identifier("stored", name) for name in compared),
             sql.SQL(", ").join(result[name] for name in compared),
         )
-    action = sql.SQL("on conflict ({}) do update set {} where {}").format(
-        sql.SQL(", ").join(map(sql.Identifier, table.key)),
+    action = sql.SQL("{} do update set {} where {}").format(
+        key,
         sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(name), result[name]) for name in values),
         changes,
     )

@@ -46,6 +46,8 @@ STEPS = (
     Step(("signals", "show")),
     Step(("twap", "sync", "--local-file", f"{SAMPLE}/twaps", "--fail-if-locked")),
     Step(("fills", "sync", "--local-file", f"{SAMPLE}/fills", "--fail-if-locked")),
+    Step(("backfill", "--users-file", f"{SAMPLE}/wallets.txt", "--fail-if-locked")),
+    Step(("fills", "coverage", "--limit", "5")),
     Step(("maintain", "--fail-if-locked")),
     Step(("status",)),
 )
@@ -60,6 +62,7 @@ def run(home: Path) -> int:
     sample = home / "sample"
     objects.sample(sample, datetime.now(UTC))
     with Simulator(vaults=VAULTS, wallets=WALLETS, weight_per_minute=WEIGHT_PER_MINUTE) as exchange:
+        (sample / "wallets.txt").write_text("\n".join(exchange.user_fills.addresses) + "\n", "ascii")
         env = {
             **os.environ,
             **exchange.env(),
