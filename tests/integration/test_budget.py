@@ -4,6 +4,7 @@ Waiting a minute for weight to come free would make every test a minute long. In
 buckets into the past: `pass_time` is what the database sees when nothing happens for so long.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 import pytest
+from budget_clock import FULL, Address, Clock, simulate_clock, wallet
 
 import hlcli.budget
 from hlcli.budget import MARGIN_S, Budget, DeadlineError, Priority
@@ -406,6 +408,8 @@ def test_a_higher_priority_overtakes(sql, below):
 
 def test_an_urgent_caller_is_served_at_once_while_bulk_saturates(sql):
     sql.limit = 1200
+    # The reserve is kept for ten minutes after an urgent caller.
+    assert sql.granted(20, URGENT) is not None
     for minute in range(3):
         taken = 0
         for _ in range(60):
@@ -415,6 +419,101 @@ def test_an_urgent_caller_is_served_at_once_while_bulk_saturates(sql):
         if minute:
             assert taken * 20 > 1100, "bulk uses what nobody else wants"
         assert sql.granted(20, URGENT) is not None, f"minute {minute}"
+
+
+def test_the_reserve_is_kept_only_while_urgent_callers_are_about(sql):
+    sql.limit = 1200
+
+    def taken() -> int:
+        """What bulk callers that ask for full pages hold after two minutes."""
+        for _ in range(120):
+            sql.granted(120, BULK, "bulk")
+            sql.pass_time(1)
+        sql.connection.execute("delete from rate_budget_waiters")
+        return sql.used
+
+    assert taken() == 1200
+    sql.pass_time(100)
+    assert sql.granted(2, URGENT) is not None
+    assert taken() == 1080
+    # 120 s of this, and of the ten minutes that are counted from the urgent caller, are over.
+    sql.pass_time(500)
+    assert taken() == 1200
+
+
+@pytest.mark.parametrize(("urgent", "after_s"), [(False, 1), (True, 4)])
+def test_a_second_page_may_fly_sooner_while_no_urgent_caller_is_about(sql, urgent, after_s):
+    sql.limit = 1200
+    if urgent:
+        assert sql.granted(120, URGENT) is not None
+    assert sql.granted(120, BULK) is not None
+    assert sql.granted(120, BULK, "second") is None
+    sql.pass_time(after_s - 1)
+    assert sql.granted(120, BULK, "second") is None
+    sql.pass_time(1)
+    assert sql.granted(120, BULK, "second") is not None
+
+
+def test_the_first_urgent_caller_after_a_long_silence_overtakes_all_bulk_callers(sql):
+    sql.limit = 1200
+    callers = [f"bulk {number}" for number in range(8)]
+    for _ in range(180):
+        for who in callers:
+            sql.granted(20, BULK, who)
+        sql.pass_time(1)
+    for _ in range(10):
+        while sql.granted(20, BULK, "more") is not None:
+            pass
+        if sql.used == sql.limit:
+            break
+        sql.pass_time(1)
+    assert sql.used == sql.limit, "or it need not wait"
+    seconds = 0
+    while sql.granted(20, URGENT, "urgent") is None:
+        assert [sql.granted(20, BULK, who) for who in callers] == [None] * 8
+        sql.pass_time(1)
+        seconds += 1
+    assert seconds <= 6, "bulk callers are paced: no gap is longer than a second and their credit of 3.3 s"
+
+
+# Under a simulated clock: a backfill alone, eight requests in the air, answers after 0.2 to 3 s
+
+
+@pytest.fixture
+def backfill(connection, rng):
+    """Start a backfill of wallets of so many pages; 0: of full pages only."""
+    simulate_clock(connection)
+
+    def start(pages: int) -> Address:
+        address = Address(Clock(connection, rng), lambda: rng.uniform(0.2, 3))
+        address.backfill(wallet(rng, pages) if pages else [FULL] for _ in itertools.count())
+        return address
+
+    return start
+
+
+# Before a request is sent, all of its 120 must be free. Of short pages alone the window so never holds more than
+# 1200 - 120 and the last of them, and that for 60 of some 63 seconds: it counts from before the request until a
+# minute after its answer, in whole seconds.
+@pytest.mark.parametrize(("pages", "least"), [(0, 0.95), (3, 0.86), (1, 0.79)])
+def test_a_backfill_alone_uses_the_limit_and_is_never_refused(backfill, pages, least):
+    address = backfill(pages)
+    address.clock.run(600)
+    assert address.used(60) >= least
+    assert (address.window.refused, address.window.peak <= address.limit) == (0, True)
+
+
+@pytest.mark.parametrize(("pages", "most_s"), [(0, 15), (1, 3)])
+def test_an_urgent_caller_comes_before_every_page_that_waits(backfill, pages, most_s):
+    address = backfill(pages)
+    address.clock.run(150)
+    address.ask(20, 20, Priority.URGENT)
+    address.clock.run(30)
+    (urgent,) = [one for one in address.served if one.priority == Priority.URGENT]
+    assert urgent.granted - urgent.asked < most_s, "the time until the next page leaves the window"
+    between = [one for one in address.served if urgent.asked < one.granted < urgent.granted]
+    assert between == []
+    assert address.window.refused == 0
 
 
 def test_bulk_gets_no_more_than_its_share_of_a_second(sql):
