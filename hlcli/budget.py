@@ -76,16 +76,27 @@ class Budget:
 
         Raises DeadlineError when it does not fit in time; nothing is charged then.
         """
-        with self._lock:
-            if self._most_weight is not None and self.weight + self._asked + weight > self._most_weight:
-                raise DeadlineError(f"the next request might spend more than {self._most_weight} weight")
-            self._asked += weight
+        while not self._admit(weight):  # what is in the air may turn out cheaper
+            if self._closed or time.monotonic() > deadline:
+                raise DeadlineError("the run has ended")
+            time.sleep(0.05)
         try:
             return self._reserve(weight, priority, deadline)
         except BaseException:
             with self._lock:
                 self._asked -= weight
             raise
+
+    def _admit(self, weight: int) -> bool:
+        """Whether so much may be spent beside what is in the air. Raises DeadlineError when it may not at all."""
+        with self._lock:
+            most = self._most_weight
+            if most is not None and self.weight + weight > most:
+                raise DeadlineError(f"the next request might spend more than {most} weight")
+            if most is not None and self.weight + self._asked + weight > most:
+                return False
+            self._asked += weight
+            return True
 
     def _reserve(self, weight: int, priority: Priority, deadline: float) -> Grant:
         settings, waiter = self._settings, uuid.uuid4()

@@ -167,9 +167,9 @@ class HttpClient:
         return self._retrying(where, attempt, gate_waits=False)
 
     @property
-    def overdue(self) -> bool:
-        """Whether the deadline is over."""
-        return time.monotonic() > self.deadline
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
 
     def close(self) -> None:
         """Close every connection of every thread."""

@@ -12,7 +12,8 @@ from typing import LiteralString, cast
 
 _PACKAGE = Path(__file__).parent
 _NUMBERED = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
-_SECTION = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+# What stands above a name is about that query, and would end the line of whatever another one is put into.
+_SECTION = re.compile(r"(?:^-- (?!name: ).*\n)*^-- name: (\w+)$", re.MULTILINE)
 
 
 def folder() -> Path:

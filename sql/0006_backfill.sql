@@ -43,6 +43,7 @@ create table backfill_progress (
 ) with (fillfactor = 80);
 -- By wallet: each worker goes through those that are left in this order.
 create index backfill_progress_left on backfill_progress (user_address) where state in ('pending', 'running');
+create index backfill_progress_leased on backfill_progress (lease_expires_at) where state = 'running';
 comment on table backfill_progress is
     'One row a wallet whose fills are asked of the API: a queue for any number of workers. What is left to ask is wanted less covered and cut_off.';
 comment on column backfill_progress.state is
@@ -58,7 +59,7 @@ comment on column backfill_progress.completed_at is 'when it was last done, comp
 comment on column backfill_progress.fills_count is 'fills served within covered, be they new to table fills or not';
 comment on column backfill_progress.oldest_fill_time is 'milliseconds since 1970, of the fills counted';
 comment on column backfill_progress.weight is 'API weight that its pages cost';
-comment on column backfill_progress.attempts is 'how often it was leased or failed since its last page';
+comment on column backfill_progress.attempts is 'how often in a row it was leased in vain: no page came of it, nor did its worker give it back';
 comment on column backfill_progress.lease_owner is 'ingestion_runs.run_id of the worker';
 comment on column backfill_progress.lease_token is 'new with every lease: what an older one brings is refused';
 
@@ -67,24 +68,21 @@ create function backfill_shard(user_address text, workers integer) returns integ
 language sql immutable parallel safe
 return ((hashtextextended(user_address, 0) & 9223372036854775807) % workers)::integer;
 
-create function backfill_todo(wallet backfill_progress) returns tstzmultirange
+create function backfill_todo(
+    wanted_from timestamptz, wanted_to timestamptz, covered tstzmultirange, cut_off tstzmultirange
+) returns tstzmultirange
 language sql immutable parallel safe
-return tstzmultirange(tstzrange(wallet.wanted_from, wallet.wanted_to)) - wallet.covered - wallet.cut_off;
+return tstzmultirange(tstzrange(wanted_from, wanted_to)) - covered - cut_off;
 comment on function backfill_todo is 'What is left to ask of a wallet''s fills.';
 
 -- Slices older than the exchange keeps are not asked for: it would cost as much as a wallet's fills and bring nothing.
-create function backfill_todo_slices(wallet backfill_progress) returns tstzmultirange
+create function backfill_todo_slices(
+    wanted_from timestamptz, wanted_to timestamptz, slices_covered tstzmultirange
+) returns tstzmultirange
 language sql stable parallel safe
-return tstzmultirange(tstzrange(wallet.wanted_from, wallet.wanted_to)
-                      * tstzrange(date_trunc('second', now()) - interval '13 days', null)) - wallet.slices_covered;
+return tstzmultirange(tstzrange(wanted_from, wanted_to)
+                      * tstzrange(date_trunc('second', now()) - interval '13 days', null)) - slices_covered;
 comment on function backfill_todo_slices is 'What is left to ask of a wallet''s TWAP slices.';
-
--- What a wallet that nobody works on is.
-create function backfill_resting_state(wallet backfill_progress) returns text
-language sql stable parallel safe
-return case when not isempty(backfill_todo(wallet)) or not isempty(backfill_todo_slices(wallet)) then 'pending'
-            when wallet.cut_off && tstzrange(wallet.wanted_from, wallet.wanted_to) then 'truncated'
-            else 'complete' end;
 
 -- budget_reserve() of sql/0001_foundation.sql, but for two things while no urgent caller has asked for ten minutes:
 --   * Bulk callers leave no reserve: of full pages, which cost a tenth of the limit each, it would take one of ten.

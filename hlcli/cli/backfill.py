@@ -65,13 +65,8 @@ def backfill(
     concurrency: Annotated[
         int, typer.Option(min=1, max=64, metavar="N", help="Wallets that are asked for at once.")
     ] = 8,
-    lease: Annotated[
-        timedelta, common.duration_option("After so long without a sign of life others take over (2m).")
-    ] = timedelta(minutes=2),
-    page_size: Annotated[
-        int,
-        typer.Option(min=1, max=10_000, metavar="N", help="Fills that the exchange serves at once at most."),
-    ] = 2000,
+    lease: Annotated[timedelta, typer.Option(parser=common.duration, hidden=True)] = timedelta(minutes=2),
+    page_size: Annotated[int, typer.Option(min=1, max=10_000, hidden=True)] = 2000,
     fail_if_locked: common.FailIfLocked = False,
     as_json: common.Json = False,
 ) -> None:
@@ -79,7 +74,7 @@ def backfill(
 
     Wallets are those of the tables of fills and of the universe, or the named ones. Each page is stored with what it \
 covers, so a run that ends goes on where it was. Workers with other addresses share the work: give each its \
---worker-id, and its HL_EGRESS_KEY if it is behind its own address.
+--worker-id; those behind one address need one HL_EGRESS_KEY.
     """
     from hlcli.jobs.backfill import LAUNCH, S3_BEGINS, Options
     from hlcli.jobs.backfill import backfill as run
@@ -163,7 +158,7 @@ def _show_estimate(found: Estimate, *, as_json: bool) -> None:
         f"{found.wallets:,} wallets are left, at {found.weight_per_minute:,} weight a minute for each address:"
     )
     output.print_table(
-        ["scenario", "requests", "weight", *(f"hours, {workers} workers" for workers in FLEETS)],
+        ["scenario", "requests", "weight", *(f"hours with {workers}" for workers in FLEETS)],
         [
             [
                 each.name,

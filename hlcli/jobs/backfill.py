@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import psycopg
 
 from hlcli import migrations, output
-from hlcli.exitcodes import UsageError
+from hlcli.exitcodes import TemporaryError, UsageError
 from hlcli.jobs import Job, Report, run_job
 from hlcli.jobs.backfill_queue import Queue, Shard, Window
 from hlcli.jobs.backfill_store import Store
@@ -113,10 +113,18 @@ def backfill(settings: Settings, options: Options) -> Report:
                         if store.keep(walkers.ready()):
                             walkers.stop()
                         progress.tell()
-                finally:
+                except Exception:
+                    raise  # a wallet may be the cause: leases that expire are counted, and a lasting cause is left alone
+                except BaseException:
                     walkers.stop(at_once=True)
                     with suppress(psycopg.Error):
                         queue.release()
+                    raise
+                queue.release()
+            for user in queue.given_up:
+                job.report.fail(user, TemporaryError("too many workers ended while they worked on it"))
+            with job.run.unit() as unit:
+                unit.add(units_failed=len(queue.given_up))
             job.report.details.update(
                 complete=store.states["complete"],
                 truncated=store.states["truncated"],

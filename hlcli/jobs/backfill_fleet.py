@@ -7,11 +7,10 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from psycopg import sql
 from psycopg.rows import class_row
 
 from hlcli import migrations
-from hlcli.jobs.backfill_queue import all_wallets, past
+from hlcli.jobs.backfill_queue import for_all_wallets, past
 from hlcli.sources import info, user_fills
 from hlcli.sqlfiles import query
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from hlcli.jobs.backfill import Options
     from hlcli.settings import Settings
 
-# A worker says every twenty seconds that it is alive.
+# A worker says every twenty seconds at least that it is alive.
 SILENT_AFTER = timedelta(minutes=2)
 # Spec 003's scenarios, in requests a wallet. Here all pages are full but the last one, which is so half.
 SCENARIOS = {"optimistic": 1, "average": 3, "pessimistic": 5}
@@ -183,8 +182,7 @@ def estimate(settings: Settings, options: Options) -> Estimate:
         window = past(connection, asked)
         connection.execute(query("backfill", "chosen"))
         if options.users is None:
-            for wallets in all_wallets(connection):
-                connection.execute(sql.SQL(query("backfill", "choose_all")).format(wallets=wallets))
+            for_all_wallets(connection, query("backfill", "choose_all"))
         else:
             connection.execute(query("backfill", "choose"), {"users": list(options.users)})
         counted = connection.execute(

@@ -6,11 +6,12 @@ slept, does no harm to whoever has taken over.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, LiteralString, NamedTuple
 
-from psycopg import sql
+from psycopg import errors, sql
 from psycopg.types.multirange import Multirange, TimestamptzMultirange
 from psycopg.types.range import Range as Bounds
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 ENLIST_LOCK = 2
 # A wallet over which so many workers in a row ended is left alone.
 MOST_ATTEMPTS = 5
+DEADLOCKS = 5
+LOOK_AGAIN_S = 1.0
 # How far from the limit a wallet's number of fills may be when it was cut off there: some come while we count.
 NEAR_LIMIT = HISTORY_LIMIT // 50
 # Fills are served a little after they happened.
@@ -91,6 +94,8 @@ class Queue:
     ) -> None:
         self.connection = connection
         self._helping = False
+        self.given_up: list[str] = []
+        """Wallets that this worker set aside, as too many others ended over them."""
         self.lease = lease
         self._values: dict[str, Any] = {
             "owner": owner,
@@ -115,23 +120,27 @@ class Queue:
             self._enlist(sql.SQL(query("backfill", "wallets_chosen")), times)
         else:
             self._enlist_all(times)
-        self.connection.execute(query("backfill", "want"), {**self._values, **times})
+        for attempt in range(1, DEADLOCKS + 1):
+            try:
+                self.connection.execute(query("backfill", "want"), {**self._values, **times})
+            except errors.DeadlockDetected:  # other workers hold wallets in another order
+                if attempt == DEADLOCKS:
+                    raise
+            else:
+                return
 
     def _enlist_all(self, times: dict[str, datetime]) -> None:
-        """Enlist all there are. Of workers that start together one looks for them."""
+        """Enlist all there are. Of workers that start together one looks for them: with hundreds of days it takes long."""
         connection = self.connection
         (began,) = _row(connection.execute("select clock_timestamp()").fetchone())
         lock = (LOCK_NAMESPACE, ENLIST_LOCK)
-        connection.execute("select pg_advisory_lock(%s, %s)", lock)
+        while connection.execute("select pg_try_advisory_lock(%s, %s)", lock).fetchone() != (True,):
+            time.sleep(LOOK_AGAIN_S)
         try:
-            (done,) = _row(
-                connection.execute(query("backfill", "enlisted_since"), {"began": began, **times}).fetchone()
-            )
-            if done:
-                return
-            for wallets in all_wallets(connection):
-                self._enlist(wallets, times)
-            connection.execute(query("backfill", "enlisted"), times)
+            known = connection.execute(query("backfill", "is_enlisted"), {"began": began, **times}).fetchone()
+            if known != (True,):
+                for_all_wallets(connection, query("backfill", "enlist"), times)
+                connection.execute(query("backfill", "enlisted"), times)
         finally:
             connection.execute("select pg_advisory_unlock(%s, %s)", lock)
 
@@ -140,7 +149,8 @@ class Queue:
 
     def claim(self, most: int) -> list[Lease]:
         """Lease up to so many wallets: of the own shard, and when that is done of the others'."""
-        self.connection.execute(query("backfill", "give_up"), {"attempts": MOST_ATTEMPTS})
+        given_up = self.connection.execute(query("backfill", "give_up"), {"attempts": MOST_ATTEMPTS})
+        self.given_up += [user for (user,) in given_up]
         rows = [] if self._helping else self._claim(most, sql.SQL("asc"), self._values["shard"])
         if not rows and self._shard.workers > 1 and not self._shard.own:
             # From the other end, where the others are last. What expires of the own shard is among them.
@@ -185,13 +195,21 @@ def past(connection: Connection[Any], window: Window) -> Window:
     return Window(since, until)
 
 
-def all_wallets(connection: Connection[Any]) -> list[sql.Composable]:
-    """Queries that together tell every wallet that is in `fills` or was ever watched."""
-    parts = connection.execute(query("backfill", "parts_of_fills")).fetchall()
-    return [
-        sql.SQL(query("backfill", "wallets_of_universe")),
-        *(sql.SQL(query("backfill", "wallets_of_part")).format(part=sql.Identifier(*part)) for part in parts),
-    ]
+def for_all_wallets(
+    connection: Connection[Any], statement: LiteralString, values: dict[str, Any] | None = None
+) -> None:
+    """Run a statement whose {wallets} are, one query after the other, those in `fills` and those ever watched."""
+
+    def run(wallets: sql.Composable) -> None:
+        connection.execute(sql.SQL(statement).format(wallets=wallets), values)
+
+    run(sql.SQL(query("backfill", "wallets_of_universe")))
+    for place in connection.execute(query("backfill", "parts_of_fills")).fetchall():
+        part = sql.Identifier(*place)
+        try:
+            run(sql.SQL(query("backfill", "wallets_of_part")).format(part=part))
+        except errors.FeatureNotSupported:
+            run(sql.SQL(query("backfill", "wallets_of_part_at_once")).format(part=part))
 
 
 def keep_page(connection: Connection[Any], page: Fetched, *, lasts: timedelta) -> bool:
@@ -224,13 +242,20 @@ def finish(connection: Connection[Any], lease: Lease) -> str | None:
     one is where the history is cut off, though nothing else shows it.
     """
     values = {"user": lease.user, "token": lease.token}
-    most = HISTORY_LIMIT + NEAR_LIMIT + 1
-    row = connection.execute(
-        query("backfill", "fills_since_history_began"), {**values, "most": most}
-    ).fetchone()
-    if row is not None and abs(row[2] - HISTORY_LIMIT) <= NEAR_LIMIT:
-        before = TimestamptzMultirange([Bounds(row[1], row[0])])
-        connection.execute(query("backfill", "cut_off"), {**values, "range": before})
+    began = connection.execute(query("backfill", "history_began"), values).fetchone()
+    if began is not None:
+        history_from, wanted_from = began
+        (count,) = _row(
+            connection.execute(
+                query("backfill", "count_fills"),
+                {**values, "since": history_from, "most": HISTORY_LIMIT + NEAR_LIMIT + 1},
+            ).fetchone()
+        )
+        if abs(count - HISTORY_LIMIT) <= NEAR_LIMIT:
+            before = TimestamptzMultirange([Bounds(wanted_from, history_from)])
+            connection.execute(query("backfill", "cut_off"), {**values, "range": before})
+        else:  # the wallet began there; it may come near the limit later
+            connection.execute(query("backfill", "is_whole"), values)
     done = connection.execute(query("backfill", "finish"), values).fetchone()
     return done[0] if done else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from hlcli.sources.user_fills import Page, Range
 
 DEADLOCKS = 5
+# Who uses the table for so long that no partition can be made is not asked again at once.
+PAUSE_S = 60.0
 
 
 class Fetched(NamedTuple):
@@ -83,6 +86,7 @@ class Store:
         self._connection = job.run.connection
         self._table = describe(self._connection, fills.TABLE)
         self._days: set[datetime] = set()
+        self._partitions_from = 0.0
         self._failures_in_a_row = 0
         self.states: Counter[str] = Counter()
         """Wallets that were walked, by what they are now."""
@@ -107,11 +111,11 @@ class Store:
             except (errors.DeadlockDetected, errors.SerializationFailure, errors.LockNotAvailable):
                 if attempt == DEADLOCKS:
                     raise
-            except psycopg.DataError as error:
+            except (psycopg.DataError, psycopg.IntegrityError) as error:
                 return self._keep_each(items, error)
         raise AssertionError
 
-    def _keep_each(self, items: list[Item], error: psycopg.DataError) -> bool:
+    def _keep_each(self, items: list[Item], error: psycopg.Error) -> bool:
         leases = {item.lease.user: item.lease for item in items}
         if len(leases) > 1:
             outages = [self.keep([item for item in items if item.lease.user == user]) for user in leases]
@@ -182,9 +186,12 @@ class Store:
             if isinstance(item, Fetched) and item.frame is not None:
                 days.update(item.frame["time"].dt.truncate("1d").unique().drop_nulls())
         days -= self._days
-        if days and self._table.partitioned_by == "time":
-            maintain.cover(self._connection, fills.TABLE, sorted(days))
+        if not days or self._table.partitioned_by != "time" or time.monotonic() < self._partitions_from:
+            return
+        if maintain.cover(self._connection, fills.TABLE, sorted(days)):
             self._days |= days
+        else:
+            self._partitions_from = time.monotonic() + PAUSE_S
 
     def _is_outage(self, progress: bool, failed: list[Failed]) -> bool:
         if progress:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from math import inf
 from queue import Empty, Full
 from queue import Queue as Pipe
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from hlcli.budget import DeadlineError
-from hlcli.http import SourceError
+from hlcli.http import BACKOFF_CAP_S, SourceError
 from hlcli.jobs.backfill_store import Failed, Fetched, Item, Walked
 from hlcli.sources import user_fills
 from hlcli.sources.files import UnusableError
 from hlcli.sources.user_fills import Start
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hlcli.http import HttpClient
     from hlcli.jobs import Job
     from hlcli.jobs.backfill_queue import Lease, Queue
@@ -26,6 +28,7 @@ PIPE_PAGES = 32
 GROUP_ROWS = 20_000
 # Renewals during a lease: one that is late for once does not end it.
 HEARTBEATS = 6
+MOST_SILENT_S = 20.0
 IDLE_S = 1.0
 
 
@@ -43,12 +46,11 @@ class Walkers:
         page_size: int,
     ) -> None:
         self._job, self._client, self._queue = job, client, queue
-        self._concurrency, self._page_size = concurrency, page_size
-        self._may_claim = limit
+        self._page_size = page_size
+        self._may_claim: float = inf if limit is None else limit
         self._pipe: Pipe[Item | BaseException] = Pipe(PIPE_PAGES)
         self._stopping, self._gone = threading.Event(), threading.Event()
         self._claiming = threading.Lock()
-        self._claimed: deque[Lease] = deque()
         self._threads = [self._thread(self._walk_wallets) for _ in range(concurrency)]
 
     def __enter__(self) -> Self:
@@ -69,6 +71,8 @@ class Walkers:
         if at_once:
             self._gone.set()
             self._client.deadline = 0.0  # no thread may begin another attempt
+            with self._claiming:  # who was amid a claim has made it, for release() to find
+                pass
 
     def ready(self) -> list[Item]:
         """What has come, some 20,000 rows of it at most; waits a moment for the first. Raises what ended a thread."""
@@ -85,7 +89,7 @@ class Walkers:
             rows += item.fills if isinstance(item, Fetched) else 0
         return items
 
-    def _thread(self, task: Any) -> threading.Thread:
+    def _thread(self, task: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
             try:
                 task()
@@ -103,28 +107,26 @@ class Walkers:
             except DeadlineError:
                 self._stopping.set()
             except (SourceError, UnusableError) as error:
-                self._put(Failed(lease, error))
+                if self._client.left_s < BACKOFF_CAP_S and isinstance(error, SourceError):
+                    self._stopping.set()  # it might have been had, with more time
+                else:
+                    self._put(Failed(lease, error))
 
     def _next(self) -> Lease | None:
         """The next wallet to walk; waits while others hold what is left, as they may die."""
         while not self._stopping.is_set():
             with self._claiming:
-                if not self._claimed:
-                    most = (
-                        self._concurrency
-                        if self._may_claim is None
-                        else min(self._concurrency, self._may_claim)
-                    )
-                    if not most:
-                        return None
-                    self._claimed.extend(self._queue.claim(most))
-                    if self._may_claim is not None:
-                        self._may_claim -= len(self._claimed)
-                if self._claimed:
-                    return self._claimed.popleft()
+                if self._stopping.is_set():
+                    break
+                if not self._may_claim:
+                    return None
+                # One, for the thread that begins it now: a lease counts as an attempt.
+                for lease in self._queue.claim(1):
+                    self._may_claim -= 1
+                    return lease
                 if not self._queue.has_left():
                     return None
-                if self._client.overdue:
+                if self._client.left_s <= 0:
                     self._stopping.set()
                 # With the lock: one that asks is enough.
                 self._stopping.wait(IDLE_S)
@@ -165,6 +167,6 @@ class Walkers:
 
     def _beat(self) -> None:
         """Keep the leases, and the run's row, alive."""
-        while not self._gone.wait(self._queue.lease.total_seconds() / HEARTBEATS):
+        while not self._gone.wait(min(self._queue.lease.total_seconds() / HEARTBEATS, MOST_SILENT_S)):
             self._queue.renew()
             self._job.run.heard(self._queue.connection)

@@ -258,10 +258,10 @@ def _astray(connection: Connection[Any], rule: Rule) -> list[tuple[Any, ...]]:
     ).fetchall()
 
 
-def cover(connection: Connection[Any], name: str, moments: Sequence[datetime]) -> None:
+def cover(connection: Connection[Any], name: str, moments: Sequence[datetime]) -> bool:
     """Make the partitions in which rows of these moments belong, each in a transaction of its own.
 
-    What is refused, as when somebody uses the table for long, is left: rows then go into the default partition, and
+    Returns whether all are there. What is refused, as when somebody uses the table for long, is left: rows then go into the default partition, and
     maintain() moves them. Needs autocommit.
     """
     refused: Exception | None = None
@@ -269,7 +269,7 @@ def cover(connection: Connection[Any], name: str, moments: Sequence[datetime]) -
         rule = _rule(connection, name)
     except ConfigError as error:
         log.info("%s: no partitions were made: %s", name, one_line(error))
-        return
+        return False
     for moment in moments if rule.partitioned else ():
         try:
             # Looked for once without the lock, which keeps everybody from the table, and once with it: workers that
@@ -277,6 +277,10 @@ def cover(connection: Connection[Any], name: str, moments: Sequence[datetime]) -
             if _missing(connection, rule, moment, moment):
                 with connection.transaction():
                     connection.execute("select set_config('lock_timeout', %s, true)", (LOCK_TIMEOUT,))
+                    # A process that is stopped just now keeps everybody from the table.
+                    connection.execute(
+                        "select set_config('idle_in_transaction_session_timeout', '20s', true)"
+                    )
                     connection.execute(sql.SQL(query("maintain", "lock")).format(table=rule.identifier))
                     for span in _missing(connection, rule, moment, moment):
                         _make(connection, rule=rule, span=span)
@@ -288,6 +292,7 @@ def cover(connection: Connection[Any], name: str, moments: Sequence[datetime]) -
                 break  # each of the others would wait as long, and everybody behind it
     if refused is not None:
         log.info("%s: not all partitions were made: %s", name, one_line(refused))
+    return refused is None
 
 
 def _found(

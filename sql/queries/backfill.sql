@@ -7,10 +7,15 @@ create temp table backfill_chosen (user_address text collate "C" primary key)
 -- name: choose
 insert into backfill_chosen select unnest(%(users)s::text[]) on conflict do nothing
 
--- Where wallets can be looked up one after the other in an index: the partitions, or a table that has none.
+-- Where wallets can be looked up one after the other in an index: partitions or chunks, or a table that has none.
 -- name: parts_of_fills
-select n.nspname, c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
-where c.oid in (select relid from pg_partition_tree('fills') where isleaf) or (c.oid = 'fills'::regclass and c.relkind = 'r')
+with recursive part as (
+    select 'fills'::regclass::oid as oid
+    union all
+    select i.inhrelid from pg_inherits i join part on part.oid = i.inhparent
+)
+select n.nspname, c.relname from part join pg_class c on c.oid = part.oid join pg_namespace n on n.oid = c.relnamespace
+where c.relkind = 'r' and not exists (select from pg_inherits i where i.inhparent = part.oid)
 
 -- Wallet by wallet through the index: a day has millions of rows and some ten thousand wallets.
 -- name: wallets_of_part
@@ -22,6 +27,10 @@ with recursive found as (
     from found where found.user_address is not null
 )
 select user_address from found where user_address is not null
+
+-- The same where recursion is not supported: on a distributed table.
+-- name: wallets_of_part_at_once
+select distinct user_address from {part}
 
 -- name: wallets_of_universe
 select wallet_id from wallet_universe_current union select wallet_id from wallet_universe_members
@@ -35,33 +44,38 @@ select wallet.user_address, %(since)s, %(until)s from ({wallets}) wallet (user_a
 order by 1
 on conflict do nothing
 
--- Ask for a window. What is leased goes on with what it was leased for; the rest is found out when it is done. A
--- wallet that failed rests for as many hours as it was tried, unless it is named.
+-- Ask for a window. What is leased goes on with what it was leased for; the rest is found out when it is done. What
+-- somebody wants of a wallet that is not done is taken back only by who names it. One that failed rests for as many
+-- hours as it was tried, unless it is named. What was pending stays so, as only `finish` looks for a history cut off.
 -- name: want
 update backfill_progress p
-set wanted_from = %(since)s, wanted_to = %(until)s,
+set wanted_from = asked.since, wanted_to = asked.until,
     state = case when p.state = 'running' then 'running'
-                 when not isempty(asked.todo) or not isempty(asked.slices) then 'pending'
-                 when p.cut_off && tstzrange(%(since)s, %(until)s) then 'truncated' else 'complete' end,
+                 when p.state in ('pending', 'failed') or not isempty(rest.todo) or not isempty(rest.slices) then 'pending'
+                 when p.cut_off && tstzrange(asked.since, asked.until) then 'truncated' else 'complete' end,
     attempts = case when p.state = 'failed' and %(named)s then 0 else p.attempts end,
     updated_at = clock_timestamp()
 from backfill_progress q
 cross join lateral (select
-    tstzmultirange(tstzrange(%(since)s, %(until)s)) - q.covered - q.cut_off as todo,
-    tstzmultirange(tstzrange(%(since)s, %(until)s)
-                   * tstzrange(date_trunc('second', now()) - interval '13 days', null)) - q.slices_covered as slices
-    ) asked
+    case when q.state in ('pending', 'running') and not %(named)s then least(q.wanted_from, %(since)s)
+         else %(since)s end as since,
+    case when q.state in ('pending', 'running') and not %(named)s then greatest(q.wanted_to, %(until)s)
+         else %(until)s end as until) asked
+cross join lateral (select
+    backfill_todo(asked.since, asked.until, q.covered, q.cut_off) as todo,
+    backfill_todo_slices(asked.since, asked.until, q.slices_covered) as slices) rest
 where q.user_address = p.user_address
   and (not %(named)s or p.user_address in (select c.user_address from backfill_chosen c))
   and case p.state
       when 'failed' then %(named)s or p.updated_at < clock_timestamp() - p.attempts * interval '1 hour'
-      else (p.wanted_from, p.wanted_to) is distinct from (%(since)s, %(until)s) end
+      else (p.wanted_from, p.wanted_to) is distinct from (asked.since, asked.until) end
 
 -- name: give_up
 update backfill_progress
 set state = 'failed', error = format('%%s workers in a row ended while they worked on it', attempts),
     lease_owner = null, lease_token = null, lease_expires_at = null, updated_at = clock_timestamp()
 where state = 'running' and lease_expires_at < clock_timestamp() and attempts >= %(attempts)s
+returning user_address
 
 -- name: claim
 with free as (
@@ -78,7 +92,8 @@ set state = 'running', lease_owner = %(owner)s, lease_token = gen_random_uuid(),
     lease_expires_at = clock_timestamp() + %(lease)s, attempts = p.attempts + 1,
     started_at = coalesce(p.started_at, clock_timestamp()), error = null, updated_at = clock_timestamp()
 from free where p.user_address = free.user_address
-returning p.user_address, p.lease_token, backfill_todo(p), backfill_todo_slices(p)
+returning p.user_address, p.lease_token, backfill_todo(p.wanted_from, p.wanted_to, p.covered, p.cut_off),
+          backfill_todo_slices(p.wanted_from, p.wanted_to, p.slices_covered)
 
 -- name: renew
 update backfill_progress set lease_expires_at = clock_timestamp() + %(lease)s
@@ -97,20 +112,29 @@ set covered = covered + %(covered)s, cut_off = cut_off + %(cut_off)s,
 where user_address = %(user)s and lease_token = %(token)s and lease_expires_at > clock_timestamp()
 returning true
 
--- How many fills there are since the oldest one served, where more than a page was and nothing older.
--- name: fills_since_history_began
-select p.history_from, p.wanted_from, (select count(*) from (select from fills f
-    where f.user_address = p.user_address and f.time >= p.history_from limit %(most)s) found)
-from backfill_progress p
-where p.user_address = %(user)s and p.lease_token = %(token)s and p.history_from > p.wanted_from
+-- name: history_began
+select history_from, wanted_from from backfill_progress
+where user_address = %(user)s and lease_token = %(token)s and history_from > wanted_from
+
+-- By itself, as `fills` may be distributed.
+-- name: count_fills
+select count(*) from (select from fills where user_address = %(user)s and time >= %(since)s limit %(most)s) found
+
+-- name: is_whole
+update backfill_progress set history_from = null where user_address = %(user)s and lease_token = %(token)s
 
 -- name: cut_off
 update backfill_progress set covered = covered - %(range)s, cut_off = cut_off + %(range)s
 where user_address = %(user)s and lease_token = %(token)s
 
 -- name: finish
-update backfill_progress p
-set state = backfill_resting_state(p), completed_at = clock_timestamp(), attempts = 0, error = null,
+update backfill_progress
+set state = case
+        when not isempty(backfill_todo(wanted_from, wanted_to, covered, cut_off))
+            or not isempty(backfill_todo_slices(wanted_from, wanted_to, slices_covered)) then 'pending'
+        when cut_off && tstzrange(wanted_from, wanted_to) then 'truncated'
+        else 'complete' end,
+    completed_at = clock_timestamp(), attempts = 0, error = null,
     lease_owner = null, lease_token = null, lease_expires_at = null, updated_at = clock_timestamp()
 where user_address = %(user)s and lease_token = %(token)s and lease_expires_at > clock_timestamp()
 returning state
@@ -122,14 +146,13 @@ set state = 'failed', error = %(error)s, attempts = greatest(attempts, 1),
 where user_address = %(user)s and lease_token = %(token)s
 returning true
 
+-- Pending, though nothing may be left to ask: only `finish` looks for a history that is cut off.
 -- name: release
 update backfill_progress
-set state = backfill_resting_state(p), attempts = greatest(p.attempts - 1, 0),
+set state = 'pending', attempts = greatest(attempts - 1, 0),
     lease_owner = null, lease_token = null, lease_expires_at = null, updated_at = clock_timestamp()
-from (select user_address from backfill_progress
-      where state = 'running' and lease_owner = %(owner)s for update skip locked) mine,
-     backfill_progress p
-where backfill_progress.user_address = mine.user_address and p.user_address = mine.user_address
+where user_address in (select user_address from backfill_progress
+                       where state = 'running' and lease_owner = %(owner)s for update skip locked)
 
 -- name: left
 select count(*), count(*) filter (where %(shard)s::integer is null or backfill_shard(user_address, %(workers)s) = %(shard)s)
@@ -154,9 +177,13 @@ order by r.member, r.started_at desc
 select backfill_shard(user_address, %(workers)s), count(*) from backfill_progress
 where state in ('pending', 'running') group by 1
 
--- name: enlisted_since
+-- Whether the wallets need not be looked for: another worker did so meanwhile, or somebody lately, and there is work.
+-- name: is_enlisted
 select exists (select from ingest_cursors where (source, channel, name) = ('hyperliquid', 'backfill', 'enlisted')
-    and updated_at > %(began)s and value = to_jsonb(array[%(since)s, %(until)s]::text[]))
+    and value = to_jsonb(array[%(since)s, %(until)s]::text[])
+    and (updated_at > %(began)s
+         or updated_at > %(began)s - interval '6 hours'
+            and exists (select from backfill_progress where state in ('pending', 'running'))))
 
 -- name: enlisted
 insert into ingest_cursors as stored (source, channel, name, value, updated_at)

@@ -199,7 +199,8 @@ def on_terminal(args, env, *, columns, cwd):
         stdin=slave,
         stdout=slave,
         stderr=slave,
-        env={**os.environ, "TERM": "xterm", **env},
+        # Whoever runs the tests side by side may have told them a width of his own.
+        env={**os.environ, "TERM": "xterm", "COLUMNS": str(columns), **env},
         cwd=cwd,
     )
     os.close(slave)

