@@ -115,7 +115,7 @@ def address(text: str) -> str:
     """An address, in lower case."""
     plain = text.strip().lower()
     if not re.fullmatch(r"0x[0-9a-f]{40}", plain):
-        raise typer.BadParameter(f"{text!r} is no address (0x and 40 hex digits)")
+        raise typer.BadParameter(f"{text[:60]!r} is no address (0x and 40 hex digits)")
     return plain
 
 
@@ -168,7 +168,7 @@ def fleet_line(found: Fleet) -> str:
     states = found.states
     told = [f"{states[name]:,} {name}" for name in ("complete", "truncated", "failed") if states.get(name)]
     working = sum(each.state == "working" for each in found.members)
-    left = f"{found.left:,} left, {working} workers" if found.left else "none left"
+    left = f"{found.left:,} left, {working} worker{'s' * (working != 1)}" if found.left else "none left"
     if found.left and found.seconds_left is not None:
         left += f", {output.span(found.seconds_left)} at this pace"
     return f"backfill: {found.wallets:,} wallets ({', '.join(told) or 'none done'}), {left}; {found.fills:,} fills"

@@ -53,7 +53,8 @@ select
     (select max(r.finished_at) from ingestion_runs r where r.source = %(source)s and r.channel = %(channel)s
         and r.status in ('ok', 'partial')) as last_success,
     (select to_jsonb(r) from ingestion_runs r where r.source = %(source)s and r.channel = %(channel)s
-        and r.status = 'running' and %(locked)s order by r.started_at desc limit 1) as current_run,
+        and r.status = 'running' and %(locked)s
+        order by coalesce(r.heard_at, r.started_at) desc limit 1) as current_run,
     (select count(*) from ingestion_runs r where r.source = %(source)s and r.channel = %(channel)s
         and r.status = 'skipped' and r.started_at > coalesce((select max(d.started_at) from ingestion_runs d
             where d.source = %(source)s and d.channel = %(channel)s and d.status not in ('skipped', 'running')),
