@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -178,13 +179,16 @@ def _show_fleet(found: Fleet, *, as_json: bool) -> None:
         output.print_json(found.as_json())
         return
     print(common.fleet_line(found))
+    # A terminal has no room for the host, which is the egress key anyway where that was not set.
+    host = not sys.stdout.isatty()
+    figures = ["state", "heard", "wallets", "a minute", "weight/min", "failed", "left"]
     if found.members:
         output.print_table(
-            ["worker", "host", "state", "heard", "wallets", "a minute", "weight/min", "failed", "left"],
+            ["worker", *(["host"] if host else []), *figures],
             [
                 [
                     each.member,
-                    each.host,
+                    *([each.host] if host else []),
                     each.state,
                     each.silence,
                     f"{each.units_ok:,}",
@@ -195,5 +199,5 @@ def _show_fleet(found: Fleet, *, as_json: bool) -> None:
                 ]
                 for each in found.members
             ],
-            whole=["worker", "state", "heard"],
+            whole=figures,
         )

@@ -141,7 +141,7 @@ class _Progress:
     def __init__(self, job: Job, queue: Queue, store: Store) -> None:
         self._job, self._queue, self._store = job, queue, store
         self._total = queue.left().all
-        self._bar: tqdm[Any] = output.progress(self._total, "backfill", " wallets")
+        self._bar: tqdm[Any] = output.progress(self._total, "backfill", " wallet")
         self._marks = deque([self._mark()])
         """(time, fills, weight) of the last minute."""
 

@@ -322,7 +322,7 @@ def _make(connection: Connection[Any], *, rule: Rule, span: Span) -> bool:
     for step in steps:
         if step != "move" or rule.default:
             connection.execute(sql.SQL(query("maintain", step)).format(**names))
-    log.info("%s: made %s", rule.name, span.name)
+    log.debug("%s: made %s", rule.name, span.name)
     return True
 
 

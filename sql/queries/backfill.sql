@@ -128,16 +128,22 @@ update backfill_progress set covered = covered - %(range)s, cut_off = cut_off + 
 where user_address = %(user)s and lease_token = %(token)s
 
 -- name: finish
-update backfill_progress
-set state = case
-        when not isempty(backfill_todo(wanted_from, wanted_to, covered, cut_off))
-            or not isempty(backfill_todo_slices(wanted_from, wanted_to, slices_covered)) then 'pending'
-        when cut_off && tstzrange(wanted_from, wanted_to) then 'truncated'
-        else 'complete' end,
-    completed_at = clock_timestamp(), attempts = 0, error = null,
-    lease_owner = null, lease_token = null, lease_expires_at = null, updated_at = clock_timestamp()
-where user_address = %(user)s and lease_token = %(token)s and lease_expires_at > clock_timestamp()
-returning state
+with done as (
+    select user_address,
+           case when not isempty(backfill_todo(wanted_from, wanted_to, covered, cut_off))
+                     or not isempty(backfill_todo_slices(wanted_from, wanted_to, slices_covered)) then 'pending'
+                when cut_off && tstzrange(wanted_from, wanted_to) then 'truncated'
+                else 'complete' end as state
+    from backfill_progress
+    where user_address = %(user)s and lease_token = %(token)s and lease_expires_at > clock_timestamp()
+    for update
+)
+update backfill_progress p
+set state = done.state, completed_at = case done.state when 'pending' then p.completed_at else clock_timestamp() end,
+    attempts = 0, error = null, lease_owner = null, lease_token = null, lease_expires_at = null,
+    updated_at = clock_timestamp()
+from done where p.user_address = done.user_address
+returning p.state
 
 -- name: fail
 update backfill_progress

@@ -435,7 +435,8 @@ def test_a_deadline_leaves_the_rest_to_the_next_run_which_goes_on_inside_the_wal
     assert (report.status, report.exit_code, report.details["wallets_left"]) == ("ok", ExitCode.OK, 1)
     row = progress(connection)[whale]
     assert (row["state"], row["attempts"]) == ("pending", 0)
-    assert row["pages"] >= 10
+    # Twelve questions were answered; what history there is and a millisecond that fills a page take some of them.
+    assert row["pages"] >= 6
     sim.clear_faults()
     asked = len(world.asked)
     run(users=[whale])
