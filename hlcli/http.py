@@ -131,6 +131,10 @@ class HttpClient:
                 if error.status == 429:
                     refused_s = error.retry_after_s
                 raise
+            except OSError as error:
+                if _never_sent(error):
+                    cost = 0
+                raise
             finally:
                 if self.budget is not None and grant is not None:
                     self.budget.settle(grant, cost, refused_s=refused_s)
@@ -211,7 +215,10 @@ class HttpClient:
                         raise
                     if not gate_waits:
                         self._sleep(error.retry_after_s or random.uniform(5, 15) * refusals)
-                    log.info("%s: refused (429), waiting", where)
+                    log.info(
+                        "%s: refused (429), waiting; machines behind one address need one HL_EGRESS_KEY",
+                        where,
+                    )
                     continue
                 if error.status not in _RETRIED:
                     raise
@@ -313,6 +320,15 @@ def _place(url: str) -> str:
     """Host and path of a URL: enough to know the source, without user, password and query."""
     parts = urlsplit(url)
     return f"{parts.hostname}{parts.path}"
+
+
+def _never_sent(error: BaseException | None) -> bool:
+    """Whether there was no connection that could have carried the request."""
+    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+
+    while error is not None and not isinstance(error, NewConnectionError | ConnectTimeoutError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _told(error: BaseException) -> str:

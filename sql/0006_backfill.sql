@@ -36,7 +36,8 @@ create table backfill_progress (
     updated_at       timestamptz not null default clock_timestamp(),
     constraint backfill_progress_user check (user_address ~ '^0x[0-9a-f]{40}$'),
     constraint backfill_progress_state check (state in ('pending', 'running', 'complete', 'truncated', 'failed')),
-    constraint backfill_progress_wanted check (wanted_from < wanted_to),
+    constraint backfill_progress_wanted check (
+        isfinite(wanted_from) and isfinite(wanted_to) and wanted_from < wanted_to),
     constraint backfill_progress_lease check (
         num_nonnulls(lease_owner, lease_token, lease_expires_at) = case when state = 'running' then 3 else 0 end),
     constraint backfill_progress_error check (state <> 'failed' or error is not null)
@@ -46,8 +47,10 @@ create index backfill_progress_left on backfill_progress (user_address) where st
 create index backfill_progress_leased on backfill_progress (lease_expires_at) where state = 'running';
 comment on table backfill_progress is
     'One row a wallet whose fills are asked of the API: a queue for any number of workers. What is left to ask is wanted less covered and cut_off.';
+comment on column backfill_progress.user_address is 'lower case';
 comment on column backfill_progress.state is
-    'pending; running: leased; complete; truncated: done, but the source does not serve all that was wanted; failed: see error';
+    'pending; running: leased; complete; truncated: done, but the source does not serve all that was ever wanted; failed: see error. Slices of TWAPs that the exchange has forgotten are no part of it';
+comment on column backfill_progress.wanted_from is 'the window last asked for begins here, and ends before wanted_to';
 comment on column backfill_progress.covered is 'times of which every fill that the API serves is in table fills';
 comment on column backfill_progress.cut_off is 'wanted times that the API''s own limit on a wallet''s history has cut off';
 comment on column backfill_progress.slices_covered is 'as covered, of the endpoint of TWAP slices, which keeps some two weeks only';
@@ -56,11 +59,16 @@ comment on column backfill_progress.history_from is
     'the oldest fill that the API served when there were more than one page of them and nothing older';
 comment on column backfill_progress.completed is 'never true of a truncated wallet';
 comment on column backfill_progress.completed_at is 'when it was last done, complete or truncated';
-comment on column backfill_progress.fills_count is 'fills served within covered, be they new to table fills or not';
+comment on column backfill_progress.fills_count is
+    'fills served within covered, be they new to table fills or not; a slice that both endpoints serve counts twice';
+comment on column backfill_progress.started_at is 'when it was first leased';
 comment on column backfill_progress.oldest_fill_time is 'milliseconds since 1970, of the fills counted';
 comment on column backfill_progress.weight is 'API weight that its pages cost';
 comment on column backfill_progress.attempts is 'how often in a row it was leased in vain: no page came of it, nor did its worker give it back';
 comment on column backfill_progress.lease_owner is 'ingestion_runs.run_id of the worker';
+comment on column backfill_progress.lease_expires_at is 'by the database''s clock; prolonged by each page, and by a worker that is alive';
+comment on column backfill_progress.error is 'why it failed';
+comment on column backfill_progress.updated_at is 'when the row last changed, but for a lease that was prolonged';
 comment on column backfill_progress.lease_token is 'new with every lease: what an older one brings is refused';
 
 -- Which of so many workers a wallet belongs to, and so which begins with it; deterministic, from 0.

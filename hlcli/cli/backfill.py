@@ -14,7 +14,7 @@ from hlcli.cli import common
 if TYPE_CHECKING:
     from hlcli.jobs.backfill_fleet import Estimate, Fleet
 
-EPILOG = common.epilog("hlcli backfill --worker-id 0 --total-workers 4 --estimate", *common.JOB_CODES)
+EPILOG = common.epilog("hlcli backfill --estimate", *common.JOB_CODES)
 MOST_WORKERS = 1000
 MAX_USERS_FILE = 64 << 20
 
@@ -86,6 +86,10 @@ covers, so a run that ends goes on where it was. Workers with other addresses sh
         raise typer.BadParameter("--lease: from 1s to 1d")
     if estimate and status:
         raise typer.BadParameter("--estimate or --status, not both")
+    if status and (user or users_file or since or until or limit):
+        raise typer.BadParameter(
+            "--status is about all wallets: without --user, --users-file, --since, --until, --limit"
+        )
     settings = common.settings()
     if status:
         from hlcli.jobs.backfill_fleet import read_fleet
@@ -195,7 +199,7 @@ def _show_fleet(found: Fleet, *, as_json: bool) -> None:
                     f"{each.per_minute(each.units_ok):,.1f}",
                     f"{each.per_minute(each.weight):,.0f}",
                     each.units_failed,
-                    f"{each.left:,}",
+                    f"{each.left:,}" if each.status == "running" else "-",
                 ]
                 for each in found.members
             ],

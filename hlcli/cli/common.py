@@ -168,10 +168,12 @@ def fleet_line(found: Fleet) -> str:
     states = found.states
     told = [f"{states[name]:,} {name}" for name in ("complete", "truncated", "failed") if states.get(name)]
     working = sum(each.state == "working" for each in found.members)
-    left = f"{found.left:,} left, {working} worker{'s' * (working != 1)}" if found.left else "none left"
+    left = "none left" if found.wallets else "run `hlcli universe refresh` or `hlcli fills sync` first"
+    if found.left:
+        left = f"{found.left:,} left, {working} worker{'s' * (working != 1)}"
     if found.left and found.seconds_left is not None:
         left += f", {output.span(found.seconds_left)} at this pace"
-    return f"backfill: {found.wallets:,} wallets ({', '.join(told) or 'none done'}), {left}; {found.fills:,} fills"
+    return f"backfill: {found.wallets:,} wallets ({', '.join(told) or 'none done'}), {left}; {found.fills:,} fills served"
 
 
 def tell(error: BaseException) -> ExitCode:

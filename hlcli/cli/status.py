@@ -88,10 +88,11 @@ def _print(found: Status) -> None:
     if found.backfill:
         print(common.fleet_line(found.backfill))
         for worker in found.backfill.members:
+            left = f", {worker.left:,} left" if worker.status == "running" else ""
             print(
                 f"  worker {output.printable(worker.member)} {worker.state},"
                 f" heard {output.span(worker.silence.total_seconds())} ago: {worker.units_ok:,} wallets,"
-                f" {worker.per_minute(worker.weight):,.0f} weight/min, {worker.left:,} left"
+                f" {worker.per_minute(worker.weight):,.0f} weight/min{left}"
             )
     for use in found.budgets:
         closed = f", closed until {use.blocked_until:%H:%M:%SZ}" if use.blocked_until else ""

@@ -71,8 +71,9 @@ class Options:
     def window(self) -> Window:
         """What is asked for. Raises UsageError for a window that is empty."""
         if self.since >= self.until:
+            told = " (where --until is not given)" if self.until == S3_BEGINS else ""
             raise UsageError(
-                f"nothing is between {self.since:%Y-%m-%d %H:%M}Z and {self.until:%Y-%m-%d %H:%M}Z"
+                f"nothing is between {self.since:%Y-%m-%d %H:%M}Z and {self.until:%Y-%m-%d %H:%M}Z{told}"
             )
         return Window(self.since, self.until)
 
@@ -97,7 +98,7 @@ def backfill(settings: Settings, options: Options) -> Report:
             migrations.connect_ready(settings, role="backfill_queue") as connection,
         ):
             queue = Queue(connection, job.run.run_id, options.shard, options.lease, options.users)
-            queue.want(window)
+            past = queue.want(window)
             store = Store(job, options.lease)
             walkers = Walkers(
                 job,
@@ -107,40 +108,72 @@ def backfill(settings: Settings, options: Options) -> Report:
                 limit=options.limit,
                 page_size=options.page_size,
             )
-            with _Progress(job, queue, store) as progress, walkers:
+            if not queue.knows_any():
+                log.warning(
+                    "no wallet is known: run `hlcli universe refresh` or `hlcli fills sync`, or name some"
+                )
+            with _Progress(job, queue, store, options.limit) as progress, walkers:
                 try:
                     while not walkers.ended():
                         if store.keep(walkers.ready()):
-                            walkers.stop()
+                            break
                         progress.tell()
-                except Exception:
-                    raise  # a wallet may be the cause: leases that expire are counted, and a lasting cause is left alone
-                except BaseException:
-                    walkers.stop(at_once=True)
-                    with suppress(psycopg.Error):
-                        queue.release()
+                except psycopg.errors.InsufficientPrivilege:
+                    _give_back(walkers, queue)
                     raise
-                queue.release()
-            for user in queue.given_up:
-                job.report.fail(user, TemporaryError("too many workers ended while they worked on it"))
-            with job.run.unit() as unit:
-                unit.add(units_failed=len(queue.given_up))
-            job.report.details.update(
-                complete=store.states["complete"],
-                truncated=store.states["truncated"],
-                lost_leases=store.lost,
-                wallets_left=queue.left().all,
-            )
+                except Exception:
+                    # A wallet may be the cause. Leases that expire are counted, and a lasting cause is left alone.
+                    raise
+                except BaseException:
+                    _give_back(walkers, queue)
+                    raise
+                else:
+                    _give_back(walkers, queue)
+                finally:
+                    with suppress(psycopg.Error, TemporaryError):
+                        _sum_up(job, queue, store, walkers)
+            unbounded = options.limit is None and walkers.ended_by is None
+            if options.users is not None and unbounded and not job.report.details.get("wallets_left"):
+                holes = queue.uncovered(past) - job.run.units_failed
+                if holes > 0:
+                    job.report.failed.append(
+                        f"{holes} wallets: another run has asked for another window of them"
+                    )
+                    job.verdict = "partial"
 
     return run_job(settings, replace(CHANNEL, member=member), work, fail_if_locked=options.fail_if_locked)
+
+
+def _give_back(walkers: Walkers, queue: Queue) -> None:
+    walkers.stop(at_once=True)
+    with suppress(psycopg.Error):
+        queue.release()
+
+
+def _sum_up(job: Job, queue: Queue, store: Store, walkers: Walkers) -> None:
+    """Fill the report, also of a run that ends early."""
+    for user in queue.given_up:
+        job.report.fail(user, TemporaryError("too many workers ended while they worked on it"))
+    with job.run.unit() as unit:
+        unit.add(units_failed=len(queue.given_up))
+    details = {
+        "complete": store.states["complete"],
+        "truncated": store.states["truncated"],
+        "lost_leases": store.lost,
+        "wallets_left": queue.left().all,
+    }
+    job.report.details.update(details, **({"ended_by": walkers.ended_by} if walkers.ended_by else {}))
+    done = details["complete"] + details["truncated"]
+    log.info("%s wallets are done, %s left", f"{done:,}", f"{details['wallets_left']:,}")
 
 
 class _Progress:
     """How far all workers are: a bar on a terminal, else a line a minute (with -v)."""
 
-    def __init__(self, job: Job, queue: Queue, store: Store) -> None:
-        self._job, self._queue, self._store = job, queue, store
-        self._total = queue.left().all
+    def __init__(self, job: Job, queue: Queue, store: Store, limit: int | None) -> None:
+        self._job, self._queue, self._store, self._limit = job, queue, store, limit
+        left = queue.left().all
+        self._total = left if limit is None else min(left, limit)
         self._bar: tqdm[Any] = output.progress(self._total, "backfill", " wallet")
         self._marks = deque([self._mark()])
         """(time, fills, weight) of the last minute."""
@@ -159,16 +192,26 @@ class _Progress:
         mark = self._mark()
         self._marks.append(mark)
         rate, weight = (mark[1] - fills_then) / (now - since), 60 * (mark[2] - weight_then) / (now - since)
-        left = self._queue.left().all
+        pace = f"{weight:,.0f} weight/min, {rate:,.0f} fills/s"
+        left = self._left()
         self._total = max(self._total, left)
-        pace = f"{rate:,.0f} fills/s, {weight:,.0f} weight/min"
         if self._bar.disable:
-            log.info("%d of %d wallets are left, %d fills came; %s", left, self._total, mark[1], pace)
+            log.info(
+                "%s of %s wallets are left; here %s, %s fills so far",
+                f"{left:,}",
+                f"{self._total:,}",
+                pace,
+                f"{mark[1]:,}",
+            )
             return
-        self._bar.total = self._total
-        self._bar.set_postfix_str(pace, refresh=False)
-        self._bar.update(self._total - left - self._bar.n)
-        self._bar.refresh()
+        self._bar.total, self._bar.n = self._total, self._total - left
+        self._bar.set_postfix_str(pace)
+
+    def _left(self) -> int:
+        """Of all workers' wallets, or of as many as this run may take."""
+        if self._limit is None:
+            return self._queue.left().all
+        return max(self._total - sum(self._store.states.values()) - self._job.run.units_failed, 0)
 
     def __enter__(self) -> Self:
         return self

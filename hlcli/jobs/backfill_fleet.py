@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from psycopg import sql
 from psycopg.rows import class_row
 
 from hlcli import migrations
@@ -183,10 +184,18 @@ def estimate(settings: Settings, options: Options) -> Estimate:
         connection.execute(query("backfill", "chosen"))
         if options.users is None:
             for_all_wallets(connection, query("backfill", "choose_all"))
+            known = sql.SQL(query("backfill", "wallets_of_queue"))
+            connection.execute(sql.SQL(query("backfill", "choose_all")).format(wallets=known))
         else:
             connection.execute(query("backfill", "choose"), {"users": list(options.users)})
         counted = connection.execute(
-            query("backfill", "count_todo"), {"since": window.since, "until": window.until}
+            query("backfill", "count_todo"),
+            {
+                "since": window.since,
+                "until": window.until,
+                "shard": options.worker_id if options.own_shard else None,
+                "workers": options.total_workers,
+            },
         ).fetchone()
         measured = connection.execute(query("backfill", "measured")).fetchone()
     assert counted is not None
@@ -211,5 +220,8 @@ def _scenario(name: str, wallets: int, pages: Decimal, weight: Decimal, budget: 
         name,
         round(wallets * pages),
         round(wallets * weight),
-        {workers: each.quantize(Decimal("0.1")) for workers, each in hours.items()},
+        {
+            workers: each.quantize(Decimal("0.1") if each >= 10 else Decimal("0.01"))
+            for workers, each in hours.items()
+        },
     )

@@ -109,8 +109,10 @@ class Queue:
         if users is not None:
             connection.execute(query("backfill", "choose"), {"users": list(users)})
 
-    def want(self, window: Window) -> None:
+    def want(self, window: Window) -> Window:
         """Enlist the wallets and ask for a window of each; what is covered of it already is not asked for again.
+
+        Returns the part of the window that is past.
 
         Raises UsageError for a window that has not begun yet.
         """
@@ -127,7 +129,8 @@ class Queue:
                 if attempt == DEADLOCKS:
                     raise
             else:
-                return
+                break
+        return window
 
     def _enlist_all(self, times: dict[str, datetime]) -> None:
         """Enlist all there are. Of workers that start together one looks for them: with hundreds of days it takes long."""
@@ -172,6 +175,15 @@ class Queue:
     def release(self) -> None:
         """Give back what is still leased."""
         self.connection.execute(query("backfill", "release"), self._values)
+
+    def uncovered(self, window: Window) -> int:
+        """How many of the wallets that were named are not covered, be it that another run asked for another window."""
+        values = {**self._values, "since": window.since, "until": window.until, "shard": None}
+        return int(_row(self.connection.execute(query("backfill", "count_todo"), values).fetchone())[0])
+
+    def knows_any(self) -> bool:
+        """Whether there is any wallet in the queue, be it done."""
+        return self.connection.execute("select from backfill_progress limit 1").fetchone() is not None
 
     def has_left(self) -> bool:
         """Whether anything that this worker may do is left, now or when another one's lease expires."""

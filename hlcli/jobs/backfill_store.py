@@ -18,6 +18,7 @@ from hlcli.loader import Counts, Merge, Rejected, describe, load, quarantine
 from hlcli.logs import log, one_line
 from hlcli.sources import fills, user_fills
 from hlcli.sources.files import Rows, UnusableError
+from hlcli.sqlfiles import query
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from hlcli.sources.user_fills import Page, Range
 
 DEADLOCKS = 5
+# So many wallets that the source will not hear of, one after the other, mean that it is not the wallets.
+REFUSED_AFTER = 3 * OUTAGE_AFTER
 # Who uses the table for so long that no partition can be made is not asked again at once.
 PAUSE_S = 60.0
 
@@ -87,7 +90,10 @@ class Store:
         self._table = describe(self._connection, fills.TABLE)
         self._days: set[datetime] = set()
         self._partitions_from = 0.0
-        self._failures_in_a_row = 0
+        self._failing: list[str] = []
+        """Wallets that failed one after the other, for no reason of their own."""
+        self._in_vain = 0
+        """Wallets that failed one after the other, for any reason."""
         self.states: Counter[str] = Counter()
         """Wallets that were walked, by what they are now."""
         self.lost = 0
@@ -195,11 +201,14 @@ class Store:
 
     def _is_outage(self, progress: bool, failed: list[Failed]) -> bool:
         if progress:
-            self._failures_in_a_row = 0
+            self._failing, self._in_vain = [], 0
+        self._in_vain += len(failed)
         for item in failed:
             self._job.report.fail(item.lease.user, item.error)
-            self._failures_in_a_row += not (isinstance(item.error, StatusError) and item.error.of_question)
-        if failed and self._failures_in_a_row >= OUTAGE_AFTER:
-            log.warning("%d wallets failed in a row, stopping: %s", OUTAGE_AFTER, one_line(failed[-1].error))
-            return True
-        return False
+            if not (isinstance(item.error, StatusError) and item.error.of_question):
+                self._failing.append(item.lease.user)
+        if not failed or (len(self._failing) < OUTAGE_AFTER and self._in_vain < REFUSED_AFTER):
+            return False
+        log.warning("%d wallets failed in a row, stopping: %s", self._in_vain, one_line(failed[-1].error))
+        self._connection.execute(query("backfill", "reopen"), {"users": self._failing})
+        return True

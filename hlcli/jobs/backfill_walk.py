@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 from hlcli.budget import DeadlineError
 from hlcli.http import BACKOFF_CAP_S, SourceError
 from hlcli.jobs.backfill_store import Failed, Fetched, Item, Walked
+from hlcli.logs import log, one_line
 from hlcli.sources import user_fills
 from hlcli.sources.files import UnusableError
 from hlcli.sources.user_fills import Start
@@ -30,6 +31,8 @@ GROUP_ROWS = 20_000
 HEARTBEATS = 6
 MOST_SILENT_S = 20.0
 IDLE_S = 1.0
+# Two million fills of one wallet, or a source that does not end.
+MANY_PAGES = 1000
 
 
 class Walkers:
@@ -50,6 +53,8 @@ class Walkers:
         self._may_claim: float = inf if limit is None else limit
         self._pipe: Pipe[Item | BaseException] = Pipe(PIPE_PAGES)
         self._stopping, self._gone = threading.Event(), threading.Event()
+        self.ended_by: str | None = None
+        """What bound the run, where something did."""
         self._claiming = threading.Lock()
         self._threads = [self._thread(self._walk_wallets) for _ in range(concurrency)]
 
@@ -104,7 +109,8 @@ class Walkers:
         while (lease := self._next()) is not None:
             try:
                 self._walk(lease)
-            except DeadlineError:
+            except DeadlineError as error:
+                self.ended_by = self.ended_by or one_line(error)
                 self._stopping.set()
             except (SourceError, UnusableError) as error:
                 if self._client.left_s < BACKOFF_CAP_S and isinstance(error, SourceError):
@@ -149,7 +155,10 @@ class Walkers:
                 spent=spent.append,
             )
             for start, end in ranges:
-                for page in user_fills.pages(ask, start, end, begins, page_size=self._page_size):
+                found = user_fills.pages(ask, start, end, begins, page_size=self._page_size)
+                for number, page in enumerate(found, 1):
+                    if number % MANY_PAGES == 0:
+                        log.warning("%s: %d pages so far", lease.user, number)
                     rows = user_fills.rows(lease.user, page.events)
                     self._put(Fetched.of(lease, kind, page, rows, sum(spent)))
                     spent.clear()

@@ -227,7 +227,10 @@ def _rule(connection: Connection[Any], name: str) -> Rule:
 
 
 def _missing(
-    connection: Connection[Any], rule: Rule, first: datetime | None = None, last: datetime | None = None
+    connection: Connection[Any],
+    rule: Rule,
+    first: datetime | str | None = None,
+    last: datetime | str | None = None,
 ) -> list[Span]:
     """The spans from that of one moment to that of another that have no partition; by default from now on."""
     statement = sql.SQL(query("maintain", "missing")).format(
@@ -261,8 +264,8 @@ def _astray(connection: Connection[Any], rule: Rule) -> list[tuple[Any, ...]]:
 def cover(connection: Connection[Any], name: str, moments: Sequence[datetime]) -> bool:
     """Make the partitions in which rows of these moments belong, each in a transaction of its own.
 
-    Returns whether all are there. What is refused, as when somebody uses the table for long, is left: rows then go into the default partition, and
-    maintain() moves them. Needs autocommit.
+    Returns whether all are there. What is refused, as when somebody uses the table for long, is left: rows then go
+    into the default partition, and maintain() moves them. Needs autocommit.
     """
     refused: Exception | None = None
     try:
@@ -272,18 +275,14 @@ def cover(connection: Connection[Any], name: str, moments: Sequence[datetime]) -
         return False
     for moment in moments if rule.partitioned else ():
         try:
-            # Looked for once without the lock, which keeps everybody from the table, and once with it: workers that
-            # begin together want the same ones.
-            if _missing(connection, rule, moment, moment):
+            for span in _missing(connection, rule, moment, moment):
                 with connection.transaction():
                     connection.execute("select set_config('lock_timeout', %s, true)", (LOCK_TIMEOUT,))
                     # A process that is stopped just now keeps everybody from the table.
                     connection.execute(
                         "select set_config('idle_in_transaction_session_timeout', '20s', true)"
                     )
-                    connection.execute(sql.SQL(query("maintain", "lock")).format(table=rule.identifier))
-                    for span in _missing(connection, rule, moment, moment):
-                        _make(connection, rule=rule, span=span)
+                    _make(connection, rule=rule, span=span)
         except REFUSALS as error:
             if connection.closed:
                 raise
@@ -306,7 +305,7 @@ def _overlap(span: Span) -> ConfigError:
 
 
 def _make(connection: Connection[Any], *, rule: Rule, span: Span) -> bool:
-    """Create a partition, move the rows of its span out of the default one, and attach it."""
+    """Create a partition, move the rows of its span out of the default one, and attach it; False when it is there."""
     if span.overlaps:
         raise _overlap(span)
     names = {
@@ -318,7 +317,11 @@ def _make(connection: Connection[Any], *, rule: Rule, span: Span) -> bool:
         "lower": sql.Literal(span.lower),
         "upper": sql.Literal(span.upper),
     }
-    steps: list[LiteralString] = ["lock", "create", "move", "attach"]
+    connection.execute(sql.SQL(query("maintain", "lock")).format(**names))
+    # Others make partitions as their rows come.
+    if span.name not in {each.name for each in _missing(connection, rule, span.lower, span.lower)}:
+        return False
+    steps: list[LiteralString] = ["create", "move", "attach"]
     for step in steps:
         if step != "move" or rule.default:
             connection.execute(sql.SQL(query("maintain", step)).format(**names))

@@ -130,8 +130,9 @@ def series(values: Sequence[Any], kind: Kind) -> pl.Series:
         usual = pl.Boolean
     elif kind == "integer" or (kind == "time" and isinstance(first, int)):
         usual = pl.Int64
-    # Polars takes booleans for 0 and 1.
-    if usual != pl.Int64 or bool not in set(map(type, values)):
+    # Polars takes booleans for 0 and 1, and looks into nested lists for hours, deaf to signals.
+    kinds = set(map(type, values))
+    if kinds.isdisjoint((list, dict)) and (usual != pl.Int64 or bool not in kinds):
         with suppress(TypeError, ValueError, OverflowError, RuntimeError, pl.exceptions.PolarsError):
             return pl.Series(values, dtype=usual, strict=True)
     return pl.Series([wire.text(value) for value in values], dtype=pl.String)

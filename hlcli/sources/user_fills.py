@@ -120,8 +120,13 @@ def pages(ask: Ask, start: int, end: int, begins: Start, *, page_size: int = PAG
         answer = _read(
             ask(part.start, None if unended else part.end - 1), part, page_size, falls, unended=unended
         )
-        falls = answer.descending
         low, high = answer.low, answer.high
+        if answer.full and answer.descending and not falls and high is not None and high + 1 < part.end:
+            # Or it is the oldest of them, turned round, and what is newer would never be asked for.
+            newer = _Part(high + 1, part.end, Start.PLAIN)
+            if _read(ask(newer.start, newer.end - 1), newer, page_size, unended=False).low is not None:
+                raise BadPayloadError("the oldest fills of a range were served newest first")
+        falls = answer.descending
         if not answer.full:
             moved_on = low is None and part.had_fill
             if moved_on and _is_empty(ask, part, page_size):
@@ -193,7 +198,7 @@ class _Answer(NamedTuple):
 def _read(served: Any, part: _Part, page_size: int, was_falling: bool = False, *, unended: bool) -> _Answer:
     """Raises BadPayloadError for what is no page of this part."""
     if not isinstance(served, list):
-        raise BadPayloadError(f"{type(served).__name__} was served instead of a list of fills")
+        raise BadPayloadError(f"{_kind(served)} was served instead of a list of fills")
     timed = [(_time(event), event) for event in served]
     times = [time for time, _ in timed if time is not None]
     if any(time < part.start or (time >= part.end and not unended) for time in times):
@@ -209,6 +214,10 @@ def _read(served: Any, part: _Part, page_size: int, was_falling: bool = False, *
     ordered = sorted((each for each in timed if each[0] is not None), key=lambda each: each[0] or 0)
     astray = [event for time, event in timed if time is None]
     return _Answer([event for _, event in ordered] + astray, sorted(times), full, descending)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else "an object" if isinstance(value, dict) else "a bare value"
 
 
 def _time(event: Any) -> int | None:
@@ -242,7 +251,7 @@ def _millisecond(ask: Ask, head: _Answer, time: int) -> Page:
     """A millisecond with more fills than a page holds: its beginning and, the other way round, its end."""
     tail = ask(time, time, newest_first=True)
     if not isinstance(tail, list):
-        raise BadPayloadError(f"{type(tail).__name__} was served instead of a list of fills")
+        raise BadPayloadError(f"{_kind(tail)} was served instead of a list of fills")
     if any(_time(event) not in {time, None} for event in tail):
         raise BadPayloadError("fills of another time than asked for were served")
     # One has its beginning, the other its end; they overlap, or there are others between them. A source that knows no

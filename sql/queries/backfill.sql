@@ -52,7 +52,7 @@ update backfill_progress p
 set wanted_from = asked.since, wanted_to = asked.until,
     state = case when p.state = 'running' then 'running'
                  when p.state in ('pending', 'failed') or not isempty(rest.todo) or not isempty(rest.slices) then 'pending'
-                 when p.cut_off && tstzrange(asked.since, asked.until) then 'truncated' else 'complete' end,
+                 when not isempty(p.cut_off) then 'truncated' else 'complete' end,
     attempts = case when p.state = 'failed' and %(named)s then 0 else p.attempts end,
     updated_at = clock_timestamp()
 from backfill_progress q
@@ -65,7 +65,7 @@ cross join lateral (select
     backfill_todo(asked.since, asked.until, q.covered, q.cut_off) as todo,
     backfill_todo_slices(asked.since, asked.until, q.slices_covered) as slices) rest
 where q.user_address = p.user_address
-  and (not %(named)s or p.user_address in (select c.user_address from backfill_chosen c))
+  and (not %(named)s or exists (select from backfill_chosen c where c.user_address = p.user_address))
   and case p.state
       when 'failed' then %(named)s or p.updated_at < clock_timestamp() - p.attempts * interval '1 hour'
       else (p.wanted_from, p.wanted_to) is distinct from (asked.since, asked.until) end
@@ -82,7 +82,7 @@ with free as (
     select user_address from backfill_progress
     where state in ('pending', 'running')
       and (state = 'pending' or lease_expires_at < clock_timestamp())
-      and (not %(named)s or user_address in (select c.user_address from backfill_chosen c))
+      and (not %(named)s or exists (select from backfill_chosen c where c.user_address = backfill_progress.user_address))
       and (%(shard)s::integer is null or backfill_shard(user_address, %(workers)s) = %(shard)s)
     order by user_address {order} limit %(most)s
     for update skip locked
@@ -132,7 +132,7 @@ with done as (
     select user_address,
            case when not isempty(backfill_todo(wanted_from, wanted_to, covered, cut_off))
                      or not isempty(backfill_todo_slices(wanted_from, wanted_to, slices_covered)) then 'pending'
-                when cut_off && tstzrange(wanted_from, wanted_to) then 'truncated'
+                when not isempty(cut_off) then 'truncated'
                 else 'complete' end as state
     from backfill_progress
     where user_address = %(user)s and lease_token = %(token)s and lease_expires_at > clock_timestamp()
@@ -152,6 +152,11 @@ set state = 'failed', error = %(error)s, attempts = greatest(attempts, 1),
 where user_address = %(user)s and lease_token = %(token)s
 returning true
 
+-- What failed in an outage is not the wallets' fault.
+-- name: reopen
+update backfill_progress set state = 'pending', error = null, attempts = 0, updated_at = clock_timestamp()
+where user_address = any (%(users)s) and state = 'failed'
+
 -- Pending, though nothing may be left to ask: only `finish` looks for a history that is cut off.
 -- name: release
 update backfill_progress
@@ -164,7 +169,7 @@ where user_address in (select user_address from backfill_progress
 select count(*), count(*) filter (where %(shard)s::integer is null or backfill_shard(user_address, %(workers)s) = %(shard)s)
 from backfill_progress
 where state in ('pending', 'running')
-  and (not %(named)s or user_address in (select c.user_address from backfill_chosen c))
+  and (not %(named)s or exists (select from backfill_chosen c where c.user_address = backfill_progress.user_address))
 
 -- name: states
 select state, count(*), sum(fills_count)::bigint, sum(pages)::bigint, sum(weight)::bigint from backfill_progress group by state
@@ -203,6 +208,10 @@ insert into backfill_chosen select wallet.user_address from ({wallets}) wallet (
 select count(*) from backfill_chosen c left join backfill_progress p on p.user_address = c.user_address
 where not tstzmultirange(tstzrange(%(since)s, %(until)s))
     <@ (coalesce(p.covered, '{}'::tstzmultirange) + coalesce(p.cut_off, '{}'::tstzmultirange))
+  and (%(shard)s::integer is null or backfill_shard(c.user_address, %(workers)s) = %(shard)s)
+
+-- name: wallets_of_queue
+select user_address from backfill_progress
 
 -- name: measured
 select count(*), avg(pages), avg(weight) from backfill_progress where state in ('complete', 'truncated') and pages > 0

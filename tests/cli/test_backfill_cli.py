@@ -96,7 +96,10 @@ def test_wrong_usage_exits_2(call, args, message):
 def test_wrong_usage_that_the_job_finds_is_one_line(cli):
     done = cli("backfill", "--since", "2025-08-01", DATABASE_URL=NOWHERE)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "hlcli: nothing is between 2025-08-01 00:00Z and 2025-07-27 09:00Z\n"
+    assert (
+        done.stderr
+        == "hlcli: nothing is between 2025-08-01 00:00Z and 2025-07-27 09:00Z (where --until is not given)\n"
+    )
 
 
 def test_a_window_in_the_future_asks_for_nothing(call, env, connection):
@@ -290,7 +293,7 @@ def test_the_numbers_of_an_estimate(call, env, connection):
     assert [each["weight"] for each in told["scenarios"]] == [330, 10 * (2 * 45 + 33), 10 * (4 * 45 + 33)]
     half = json.loads(call("--estimate", "--json", **env, HL_API_WEIGHT_PER_MINUTE="600")[1])
     assert half["weight_per_minute"] == 600
-    assert Decimal(half["scenarios"][0]["hours"]["1"]) == Decimal("1.9")
+    assert Decimal(half["scenarios"][0]["hours"]["1"]) == Decimal("1.94")
 
 
 def test_an_estimate_counts_what_is_left_of_the_window(settings, connection):
@@ -301,14 +304,18 @@ def test_an_estimate_counts_what_is_left_of_the_window(settings, connection):
     enlist(connection, users[2:3], "pending", half)
     enlist(connection, users[3:4], "truncated", half, cut_off="{[2024-06-01, 2025-07-27 09:00)}")
     enlist(connection, users[4:5], "failed")
-    enlist(connection, users[6:7], "pending")  # of a list, and neither watched nor in fills
+    enlist(
+        connection, users[6:7], "pending"
+    )  # of a list, and neither watched nor in fills: asked for all the same
 
     def left(**options):
         return estimate(settings(), Options(**options)).wallets
 
-    assert left() == 3
-    assert left(until=Options().since + timedelta(days=30)) == 2
-    assert left(since=Options().since - timedelta(days=1)) == 6
+    assert left() == 4
+    assert left(until=Options().since + timedelta(days=30)) == 3
+    assert left(since=Options().since - timedelta(days=1)) == 7
+    shards = [left(own_shard=True, worker_id=number, total_workers=3) for number in range(3)]
+    assert (sum(shards), left(worker_id=1, total_workers=3)) == (4, 4)
     assert left(users=[users[6], users[0], users[3], "0x" + "f" * 40]) == 2
     assert left(limit=2) == 2
 
@@ -335,7 +342,7 @@ def test_an_estimate_tells_what_was_measured_from_a_hundred_wallets_on(settings,
     *_, measured = estimate(settings(), options).scenarios
     assert measured.name == "as measured"
     assert (measured.requests, measured.weight) == (1060, 29_000)
-    assert measured.hours == {1: Decimal("0.4"), 4: Decimal("0.1"), 10: Decimal("0.0")}
+    assert measured.hours == {1: Decimal("0.40"), 4: Decimal("0.10"), 10: Decimal("0.04")}
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
@@ -400,7 +407,7 @@ def test_a_terminal_gets_the_fleet_and_an_estimate_that_fit(env, fleet, connecti
         )
         assert heard == (["4m", "60m"][number > 1] if number else heard)
         assert weight == "1,800" if number > 1 else int(weight.replace(",", "")) in range(1190, 1240)
-        assert (failed, remain) == ("0", f"{left[number]:,}")
+        assert (failed, remain) == ("0", f"{left[number]:,}" if number < 2 else "-")
     assert len(rows) == 10
     code, lines = on_terminal(["backfill", "--estimate", "--user", A], env, columns=columns, cwd=tmp_path)
     assert code == 0
@@ -514,11 +521,14 @@ def test_with_v_a_line_a_minute_says_how_far_all_are(settings, sim, monkeypatch,
         assert told.err == ""
         return
     found = [
-        re.search(r"(\d+) of 12 wallets are left, (\d+) fills came; [\d,]+ fills/s, [\d,]+ weight/min", line)
+        re.search(
+            r"(\d+) of 12 wallets are left; here [\d,]+ weight/min, [\d,]+ fills/s, ([\d,]+) fills so far",
+            line,
+        )
         for line in lines
     ]
     assert all(found)
     left = [int(each[1]) for each in found]
-    came = [int(each[2]) for each in found]
+    came = [int(each[2].replace(",", "")) for each in found]
     assert (left, came) == (sorted(left, reverse=True), sorted(came))
     assert (left[-1], came[-1]) == (0, report.numbers["served"])

@@ -551,10 +551,36 @@ def test_an_outage_ends_the_run_after_a_few_wallets(patient, run, sim, world, co
     assert (report.status, report.exit_code) == ("failed", ExitCode.TEMPORARY)
     assert 10 <= report.numbers["units_failed"] <= 13
     assert len({question.user for question in world.asked}) <= 13
-    assert report.details["wallets_left"] == 60 - report.numbers["units_failed"]
+    # It was not the wallets: none of them rests.
+    assert report.details["wallets_left"] == 60
     sim.clear_faults()
     assert run().status == "ok"
     done()
+
+
+def test_a_source_that_will_hear_of_no_wallet_is_not_asked_of_them_all(run, sim, world, connection, done):
+    sim.add_fault(Fault(FILLS, "status", times=None, status=404))
+    report = run(concurrency=3)
+    assert (report.status, report.exit_code) == ("failed", ExitCode.TEMPORARY)
+    assert 30 <= report.numbers["units_failed"] <= 33
+    assert len(world.asked) <= 36
+    sim.clear_faults()
+
+
+def test_a_run_whose_window_another_one_replaced_says_so(run, world, connection):
+    users = world.addresses[:12]
+    mine, others = Options().until, Options().since + timedelta(days=30)
+    connection.execute(
+        "create function narrow() returns trigger language plpgsql as $$ begin"
+        f" new.wanted_to = '{others:%Y-%m-%d}'; return new; end $$"
+    )
+    connection.execute(
+        "create trigger narrow before update on backfill_progress for each row when (new.state = 'running')"
+        " execute function narrow()"
+    )
+    report = run(users=users, until=mine)
+    assert (report.status, report.exit_code) == ("partial", ExitCode.PARTIAL)
+    assert "another run has asked for another window" in report.failed[0]
 
 
 def test_an_outage_in_mid_run_leaves_the_rest_to_the_next(patient, run, sim, world, connection, done):

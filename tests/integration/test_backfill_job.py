@@ -365,6 +365,12 @@ def test_a_row_from_s3_wins_and_gets_what_it_lacks_whichever_comes_first(run, wo
     assert sum(row["fills_count"] for row in progress(connection).values()) == report.numbers["served"]
 
 
+def test_where_no_wallet_is_known_it_says_what_to_do(run, connection, caplog):
+    report = run(users=None)
+    assert (report.status, report.details["wallets_left"]) == ("ok", 0)
+    assert "hlcli universe refresh" in caplog.text
+
+
 def test_wallets_that_only_s3_knows_are_found_in_fills(run, world, connection):
     users = [
         user for user in world.addresses if within(world.served_of(user, now_ms()), LAUNCH_MS, S3_BEGINS_MS)

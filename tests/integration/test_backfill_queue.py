@@ -239,7 +239,7 @@ def test_a_wider_window_reopens_only_the_rest_and_a_narrower_one_nothing(connect
     assert spans(progress(connection)[A]["covered"]) == [(START_MS, END_MS)]
 
 
-def test_what_is_cut_off_is_not_asked_again_and_truncated_only_where_it_is_wanted(connection, worker):
+def test_what_is_cut_off_is_not_asked_again_and_the_wallet_never_complete(connection, worker):
     queue = worker(users=[A])
     queue.want(WINDOW)
     (lease,) = queue.claim(1)
@@ -248,7 +248,7 @@ def test_what_is_cut_off_is_not_asked_again_and_truncated_only_where_it_is_wante
     assert finish(connection, lease) == "truncated"
     assert not progress(connection)[A]["completed"]
     queue.want(Window(START + 10 * DAY, END))
-    assert states(connection)[A] == "complete"
+    assert (states(connection)[A], queue.claim(1)) == ("truncated", [])
     queue.want(Window(START + 9 * DAY, END))
     assert states(connection)[A] == "truncated"
     queue.want(Window(START - DAY, END))
@@ -720,13 +720,13 @@ def test_pages_in_any_order_add_up_to_what_is_wanted(connection, worker, rng):
     assert finish(connection, lease) == ("truncated" if cut_off else "complete")
 
 
-def test_what_is_cut_off_outside_of_what_is_wanted_makes_no_wallet_truncated(connection, worker, walk):
+def test_what_is_cut_off_outside_of_what_is_wanted_makes_a_wallet_truncated_too(connection, worker, walk):
     enlist(connection, [A, B], cut_off="{[2023-11-01, 2024-01-01), [2024-07-01, 2024-08-01)}")
-    enlist(connection, [C], cut_off="{[2023-11-01, 2024-01-01 00:00:00.001)}")
+    enlist(connection, [C])
     assert {lease.user: walk(lease) for lease in worker().claim(3)} == {
-        A: "complete",
-        B: "complete",
-        C: "truncated",
+        A: "truncated",
+        B: "truncated",
+        C: "complete",
     }
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from budget_clock import FULL, Address, Clock, simulate_clock, wallet
 
 import hlcli.budget
 from hlcli.budget import MARGIN_S, Budget, DeadlineError, Priority
-from hlcli.http import HttpClient, StatusError
+from hlcli.http import HttpClient, SourceError, StatusError
 from hlcli.sim import Fault, Simulator
 
 KEY = "test"
@@ -667,6 +668,23 @@ def test_a_shorter_refusal_never_opens_the_gate_earlier(sql):
     sql.settle(grants[0], 2, 2, refused_s=100)
     sql.settle(grants[1], 2, 2, refused_s=1)
     assert sql.blocked_s > 50
+
+
+def test_a_request_that_found_no_server_costs_nothing_and_one_that_was_cut_off_its_worst(make, sql):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/info"
+        client = HttpClient(budget=(budget := make()), attempts=1)
+        with pytest.raises(SourceError):
+            client.post_json(url, {"type": "userFillsByTime"}, weight=120)
+        client.close()
+    assert (budget.weight, sql.used) == (0, 0)
+    with Simulator(vaults=5, faults=[Fault("*", "reset", times=None)]) as exchange:
+        client = HttpClient(budget=budget, attempts=1)
+        with pytest.raises(SourceError):
+            client.post_json(exchange.info_url, {"type": "userFillsByTime"}, weight=120)
+        client.close()
+    assert (budget.weight, sql.used) == (120, 120)
 
 
 # The database

@@ -354,6 +354,10 @@ ODD = {
 }
 
 
+# As far as times go.
+FIRST, LAST = "4714-11-24 00:00+00 BC", "294276-12-31 00:00+00"
+
+
 def test_odd_ranges_are_told_and_break_nothing(connection, read):
     logged(connection, *map(node_key, day_hours(1, 2)))
     for text, told in ODD.items():
@@ -361,20 +365,20 @@ def test_odd_ranges_are_told_and_break_nothing(connection, read):
         held = f"{{{text}}}" if text != "empty" else "{}"
         most = 2**63 - 1
         progress(connection, A, covered=held, cut_off=held, slices_covered=held, fills_count=most)
-        progress(connection, B, "truncated", covered=held, wanted=("-infinity", "infinity"), fills_count=most)
+        progress(connection, B, "truncated", covered=held, wanted=(FIRST, LAST), fills_count=most)
         by_name = read(A, B)[2]
         _, states, listed = read()
         for first, second in zip(by_name, sorted(listed, key=lambda each: each.user_address), strict=True):
             assert first.api == second.api == told, text
             assert first.missing == second.missing
         assert by_name[0].cut_off == by_name[0].slices == told
-        assert by_name[1].wanted == [Range(None, None)]
+        assert by_name[1].wanted == [Range("4714-11-24T00:00:00Z BC", "294276-12-31T00:00:00Z")]
         if told == [Range(None, None)]:
             assert by_name[0].missing == by_name[1].missing == []
         elif not told:
             assert by_name[1].missing == [
-                Range(None, "2025-09-14T01:00:00Z"),
-                Range("2025-09-14T02:00:00Z", None),
+                Range("4714-11-24T00:00:00Z BC", "2025-09-14T01:00:00Z"),
+                Range("2025-09-14T02:00:00Z", "294276-12-31T00:00:00Z"),
             ]
         assert sum(each.fills for each in states.values()) == 2 * most
 

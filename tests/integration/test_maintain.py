@@ -422,6 +422,23 @@ def test_a_made_partition_equals_one_that_the_database_makes(run, connection):
     assert len(declared(day(TODAY))[1]) == 2
 
 
+def test_a_partition_that_another_process_made_meanwhile_is_no_failure(run, connection, monkeypatch):
+    freeze(connection, NOW)
+    make = job._make
+
+    def made_meanwhile(other, *, rule, span):
+        monkeypatch.setattr(job, "_make", make)
+        with psycopg.connect(connection.info.dsn, autocommit=True) as third:
+            third.execute("set TimeZone = 'UTC'")
+            assert job.cover(third, rule.name, [NOW])
+        return make(other, rule=rule, span=span)
+
+    monkeypatch.setattr(job, "_make", made_meanwhile)
+    report = run()
+    assert (report.status, report.details["partitions_made"]) == ("ok", {"wallet_snapshots": 3})
+    assert job.cover(connection, "wallet_snapshots", [NOW, NOW])
+
+
 @pytest.mark.parametrize(
     ("span", "names", "lower", "length"),
     [

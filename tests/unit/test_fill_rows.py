@@ -25,7 +25,7 @@ from object_files import (
     read,
 )
 
-from hlcli.sources import files, fills
+from hlcli.sources import files, fills, user_fills
 from hlcli.sources.files import UnusableError
 
 LIQUIDATION = {"liquidatedUser": WALLETS[2], "markPx": "64000.50", "method": "market"}
@@ -151,6 +151,18 @@ def test_a_user_is_given_only_to_fills_that_do_not_say_theirs():
     del columns["user"]
     rows = clean(fills, as_parquet(columns), user=WALLETS[5])
     assert [row["user_address"] for row in rows] == [WALLETS[5]] * 3
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("leaf", [1, "1", Decimal("1.5")])
+def test_a_value_that_is_nested_deeply_costs_its_own_row_and_no_time(leaf):
+    deep = leaf
+    for _ in range(400):
+        deep = [deep]
+    served = [served[1] for served in SERVED]
+    rows = user_fills.rows(WALLETS[5], [*served, {**served[0], "px": deep}])
+    assert rows.frame.height == len(SERVED) + 1
+    assert rows.frame["px"][-1].startswith("[[[[")
 
 
 def table_of(naming=str, **replaced):
