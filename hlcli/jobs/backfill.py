@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
+    from hlcli.http import HttpClient
     from hlcli.settings import Settings
 
 CHANNEL = Channel("hyperliquid", "backfill", timedelta(days=1), "hlcli backfill", "47 * * * *")
@@ -99,49 +100,47 @@ def backfill(settings: Settings, options: Options) -> Report:
         ):
             queue = Queue(connection, job.run.run_id, options.shard, options.lease, options.users)
             past = queue.want(window)
-            store = Store(job, options.lease)
-            walkers = Walkers(
-                job,
-                client,
-                queue,
-                concurrency=options.concurrency,
-                limit=options.limit,
-                page_size=options.page_size,
-            )
             if not queue.knows_any():
                 log.warning(
                     "no wallet is known: run `hlcli universe refresh` or `hlcli fills sync`, or name some"
                 )
-            with _Progress(job, queue, store, options.limit) as progress, walkers:
-                try:
-                    while not walkers.ended():
-                        if store.keep(walkers.ready()):
-                            break
-                        progress.tell()
-                except psycopg.errors.InsufficientPrivilege:
-                    _give_back(walkers, queue)
-                    raise
-                except Exception:
-                    # A wallet may be the cause. Leases that expire are counted, and a lasting cause is left alone.
-                    raise
-                except BaseException:
-                    _give_back(walkers, queue)
-                    raise
-                else:
-                    _give_back(walkers, queue)
-                finally:
-                    with suppress(psycopg.Error, TemporaryError):
-                        _sum_up(job, queue, store, walkers)
-            unbounded = options.limit is None and walkers.ended_by is None
-            if options.users is not None and unbounded and not job.report.details.get("wallets_left"):
-                holes = queue.uncovered(past) - job.run.units_failed
-                if holes > 0:
-                    job.report.failed.append(
-                        f"{holes} wallets: another run has asked for another window of them"
-                    )
-                    job.verdict = "partial"
+            if _walk(job, client, queue, options) and options.users is not None:
+                _look_for_holes(job, queue, past)
 
     return run_job(settings, replace(CHANNEL, member=member), work, fail_if_locked=options.fail_if_locked)
+
+
+def _walk(job: Job, client: HttpClient, queue: Queue, options: Options) -> bool:
+    """Walk wallets and store what comes; returns whether it went on until none was left."""
+    store = Store(job, options.lease)
+    walkers = Walkers(
+        job,
+        client,
+        queue,
+        concurrency=options.concurrency,
+        limit=options.limit,
+        page_size=options.page_size,
+    )
+    with _Progress(job, queue, store, options.limit) as progress, walkers:
+        try:
+            while not walkers.ended():
+                if store.keep(walkers.ready()):
+                    break
+                progress.tell()
+        except Exception as error:
+            # A wallet may be the cause. Leases that expire are counted, and a lasting cause is left alone.
+            if isinstance(error, psycopg.errors.InsufficientPrivilege):
+                _give_back(walkers, queue)
+            raise
+        except BaseException:
+            _give_back(walkers, queue)
+            raise
+        else:
+            _give_back(walkers, queue)
+        finally:
+            with suppress(psycopg.Error, TemporaryError):
+                _sum_up(job, queue, store, walkers)
+    return walkers.ended_by is None and options.limit is None and not queue.has_left()
 
 
 def _give_back(walkers: Walkers, queue: Queue) -> None:
@@ -156,15 +155,24 @@ def _sum_up(job: Job, queue: Queue, store: Store, walkers: Walkers) -> None:
         job.report.fail(user, TemporaryError("too many workers ended while they worked on it"))
     with job.run.unit() as unit:
         unit.add(units_failed=len(queue.given_up))
-    details = {
-        "complete": store.states["complete"],
-        "truncated": store.states["truncated"],
-        "lost_leases": store.lost,
-        "wallets_left": queue.left().all,
-    }
-    job.report.details.update(details, **({"ended_by": walkers.ended_by} if walkers.ended_by else {}))
-    done = details["complete"] + details["truncated"]
-    log.info("%s wallets are done, %s left", f"{done:,}", f"{details['wallets_left']:,}")
+    left = queue.left().all
+    job.report.details.update(
+        complete=store.states["complete"],
+        truncated=store.states["truncated"],
+        lost_leases=store.lost,
+        wallets_left=left,
+    )
+    if walkers.ended_by:
+        job.report.details["ended_by"] = walkers.ended_by
+    log.info("%s wallets are done, %s left", f"{store.states.total():,}", f"{left:,}")
+
+
+def _look_for_holes(job: Job, queue: Queue, window: Window) -> None:
+    """Nothing is left, and yet not all need be there: the window may be another run's by now."""
+    holes = queue.uncovered(window) - job.run.units_failed
+    if holes > 0:
+        job.report.failed.append(f"{holes} wallets: another run has asked for another window of them")
+        job.verdict = "partial"
 
 
 class _Progress:

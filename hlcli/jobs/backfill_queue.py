@@ -178,7 +178,9 @@ class Queue:
 
     def uncovered(self, window: Window) -> int:
         """How many of the wallets that were named are not covered, be it that another run asked for another window."""
-        values = {**self._values, "since": window.since, "until": window.until, "shard": None}
+        values = {**self._values, "since": window.since, "until": window.until}
+        if not self._shard.own:
+            values["shard"] = None
         return int(_row(self.connection.execute(query("backfill", "count_todo"), values).fetchone())[0])
 
     def knows_any(self) -> bool:

@@ -110,13 +110,16 @@ class Walkers:
             try:
                 self._walk(lease)
             except DeadlineError as error:
-                self.ended_by = self.ended_by or one_line(error)
-                self._stopping.set()
+                self._ends_by(error)
             except (SourceError, UnusableError) as error:
                 if self._client.left_s < BACKOFF_CAP_S and isinstance(error, SourceError):
-                    self._stopping.set()  # it might have been had, with more time
+                    self._ends_by(error)  # it might have been had, with more time
                 else:
                     self._put(Failed(lease, error))
+
+    def _ends_by(self, bound: Exception) -> None:
+        self.ended_by = self.ended_by or one_line(bound)
+        self._stopping.set()
 
     def _next(self) -> Lease | None:
         """The next wallet to walk; waits while others hold what is left, as they may die."""
@@ -133,7 +136,7 @@ class Walkers:
                 if not self._queue.has_left():
                     return None
                 if self._client.left_s <= 0:
-                    self._stopping.set()
+                    self._ends_by(DeadlineError("the run's time is up"))
                 # With the lock: one that asks is enough.
                 self._stopping.wait(IDLE_S)
         return None
