@@ -11,7 +11,7 @@ from psycopg import sql
 from psycopg.rows import class_row
 
 from hlcli import migrations
-from hlcli.jobs.backfill_queue import for_all_wallets, past
+from hlcli.jobs.backfill_queue import choose, for_all_wallets, past
 from hlcli.sources import info, user_fills
 from hlcli.sqlfiles import query
 
@@ -181,13 +181,11 @@ def estimate(settings: Settings, options: Options) -> Estimate:
     asked = options.window
     with migrations.connect_ready(settings, role="estimate") as connection:
         window = past(connection, asked)
-        connection.execute(query("backfill", "chosen"))
+        choose(connection, options.users or ())
         if options.users is None:
             for_all_wallets(connection, query("backfill", "choose_all"))
             known = sql.SQL(query("backfill", "wallets_of_queue"))
             connection.execute(sql.SQL(query("backfill", "choose_all")).format(wallets=known))
-        else:
-            connection.execute(query("backfill", "choose"), {"users": list(options.users)})
         counted = connection.execute(
             query("backfill", "count_todo"),
             {

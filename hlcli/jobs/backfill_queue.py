@@ -16,6 +16,7 @@ from psycopg.types.multirange import Multirange, TimestamptzMultirange
 from psycopg.types.range import Range as Bounds
 
 from hlcli.exitcodes import UsageError
+from hlcli.jobs.contention import persist
 from hlcli.migrations import LOCK_NAMESPACE
 from hlcli.sources.user_fills import HISTORY_LIMIT, SLICES
 from hlcli.sqlfiles import query
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 ENLIST_LOCK = 2
 # A wallet over which so many workers in a row ended is left alone.
 MOST_ATTEMPTS = 5
-DEADLOCKS = 5
 LOOK_AGAIN_S = 1.0
 # How far from the limit a wallet's number of fills may be when it was cut off there: some come while we count.
 NEAR_LIMIT = HISTORY_LIMIT // 50
@@ -105,9 +105,7 @@ class Queue:
             "workers": shard.workers,
         }
         self._shard = shard
-        connection.execute(query("backfill", "chosen"))
-        if users is not None:
-            connection.execute(query("backfill", "choose"), {"users": list(users)})
+        choose(connection, users or ())
 
     def want(self, window: Window) -> Window:
         """Enlist the wallets and ask for a window of each; what is covered of it already is not asked for again.
@@ -122,14 +120,12 @@ class Queue:
             self._enlist(sql.SQL(query("backfill", "wallets_chosen")), times)
         else:
             self._enlist_all(times)
-        for attempt in range(1, DEADLOCKS + 1):
-            try:
-                self.connection.execute(query("backfill", "want"), {**self._values, **times})
-            except errors.DeadlockDetected:  # other workers hold wallets in another order
-                if attempt == DEADLOCKS:
-                    raise
-            else:
-                break
+        # Other workers hold wallets in another order.
+        persist(
+            lambda: self.connection.execute(query("backfill", "want"), {**self._values, **times}),
+            "asking for a window",
+            conflicts=(errors.DeadlockDetected,),
+        )
         return window
 
     def _enlist_all(self, times: dict[str, datetime]) -> None:
@@ -207,6 +203,12 @@ def past(connection: Connection[Any], window: Window) -> Window:
     if since >= until:
         raise UsageError(f"{since:%Y-%m-%d %H:%M}Z lies in the future: there are no fills since then")
     return Window(since, until)
+
+
+def choose(connection: Connection[Any], users: Sequence[str]) -> None:
+    """Begin a list of wallets, a temporary table of this connection, with these."""
+    connection.execute(query("backfill", "chosen"))
+    connection.execute(query("backfill", "choose"), {"users": list(users)})
 
 
 def for_all_wallets(

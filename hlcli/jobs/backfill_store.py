@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
-from psycopg import errors
 
 from hlcli.http import StatusError
 from hlcli.jobs import maintain
 from hlcli.jobs.asking import OUTAGE_AFTER
 from hlcli.jobs.backfill_queue import fail, finish, keep_page
+from hlcli.jobs.contention import persist
 from hlcli.loader import Counts, Merge, Rejected, describe, load, quarantine
 from hlcli.logs import log, one_line
 from hlcli.sources import fills, user_fills
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from hlcli.ledger import Unit
     from hlcli.sources.user_fills import Page, Range
 
-DEADLOCKS = 5
 # So many wallets that the source will not hear of, one after the other, mean that it is not the wallets.
 REFUSED_AFTER = 3 * OUTAGE_AFTER
 # Who uses the table for so long that no partition can be made is not asked again at once.
@@ -111,15 +111,10 @@ class Store:
         if not items:
             return False
         self._make_partitions(items)
-        for attempt in range(1, DEADLOCKS + 1):
-            try:
-                return self._commit(items)
-            except (errors.DeadlockDetected, errors.SerializationFailure, errors.LockNotAvailable):
-                if attempt == DEADLOCKS:
-                    raise
-            except (psycopg.DataError, psycopg.IntegrityError) as error:
-                return self._keep_each(items, error)
-        raise AssertionError
+        try:
+            return persist(partial(self._commit, items), "a group of pages")
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            return self._keep_each(items, error)
 
     def _keep_each(self, items: list[Item], error: psycopg.Error) -> bool:
         leases = {item.lease.user: item.lease for item in items}

@@ -15,18 +15,18 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from psycopg import errors
 
 from hlcli import migrations, output, s3
 from hlcli.exitcodes import TemporaryError
 from hlcli.jobs import Job, Report, maintain, run_job
+from hlcli.jobs.contention import persist
 from hlcli.jobs.object_load import Loading
 from hlcli.jobs.object_plan import Dataset, Options, Plan, local_file, make_plan, named_objects
 from hlcli.loader import Counts, describe
@@ -51,8 +51,6 @@ OUTAGE_AFTER = 10
 # A malformed object may have been caught while it was written; after so many times it was not.
 ATTEMPTS = 3
 REPLACEMENTS = 3
-# Two objects may hold the same rows; a transaction of many batches cannot take them in one order.
-DEADLOCKS = 5
 # What an object of an hour or a day touches. The rows of wilder ones go to the default partition, and are sorted by
 # `hlcli maintain`.
 COVERED_DAYS = 40
@@ -322,14 +320,8 @@ class _Reading:
         """
         connection = free.get()
         try:
-            for attempt in range(1, DEADLOCKS + 1):
-                try:
-                    return self._load_once(fetched, connection)
-                except (errors.DeadlockDetected, errors.SerializationFailure, errors.LockNotAvailable):
-                    if attempt == DEADLOCKS:
-                        raise
-                    log.info("%s: overlaps with another object, once more", fetched.stored.key)
-            raise AssertionError
+            # Two objects may hold the same rows; a transaction of many batches cannot take them in one order.
+            return persist(partial(self._load_once, fetched, connection), fetched.stored.key)
         finally:
             free.put(connection)
             fetched.close()
