@@ -8,7 +8,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from hlcli.exitcodes import ExitCode, Terminated
+from hlcli import exitcodes
+from hlcli.exitcodes import ExitCode
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -70,7 +71,7 @@ def _outlive_readers(stream: Any) -> None:
 def _stopper(code: ExitCode) -> Any:
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's form
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-        raise Terminated(code)
+        exitcodes.stop(code)
 
     return stop
 

@@ -6,6 +6,7 @@ Exit codes are an interface. New ones may be added; whoever meets an unknown cod
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import NoReturn
 
 
 class ExitCode(IntEnum):
@@ -70,6 +71,25 @@ class Terminated(SystemExit):
 
     def __init__(self, code: ExitCode) -> None:
         super().__init__(int(code))
+
+
+_stop: Terminated | None = None
+
+
+def stop(code: ExitCode) -> NoReturn:
+    """Raise Terminated, as the handler of a signal, and have it remembered for heed_stop()."""
+    global _stop  # noqa: PLW0603 - a process is stopped once
+    _stop = Terminated(code)
+    raise _stop
+
+
+def heed_stop() -> None:
+    """Raise Terminated where that of a signal was lost: Python drops what is raised while it clears an object away.
+
+    Whatever waits in a loop asks each time.
+    """
+    if _stop is not None:
+        raise _stop
 
 
 # sqlstates that mean "needs a person": authorisation, unknown database or schema, insufficient privilege,

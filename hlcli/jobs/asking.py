@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hlcli import output
 from hlcli.budget import DeadlineError
+from hlcli.exitcodes import heed_stop
 from hlcli.http import HttpClient, SourceError, StatusError
 from hlcli.logs import log, one_line
 
@@ -55,6 +56,7 @@ def ask_each(
                 under_way[pool.submit(ask, unit)] = unit
             if not under_way:
                 return len(units) - settled
+            heed_stop()
             # A signal that comes just before a wait without end would be looked at only after it.
             for future in wait(under_way, timeout=1.0, return_when=FIRST_COMPLETED).done:
                 unit = under_way.pop(future)

@@ -9,6 +9,7 @@ from queue import Queue as Pipe
 from typing import TYPE_CHECKING, Self
 
 from hlcli.budget import DeadlineError
+from hlcli.exitcodes import heed_stop
 from hlcli.http import BACKOFF_CAP_S, SourceError
 from hlcli.jobs.backfill_store import Failed, Fetched, Item, Walked
 from hlcli.logs import log, one_line
@@ -81,6 +82,7 @@ class Walkers:
 
     def ready(self) -> list[Item]:
         """What has come, some 20,000 rows of it at most; waits a moment for the first. Raises what ended a thread."""
+        heed_stop()
         items: list[Item] = []
         rows = 0
         while rows < GROUP_ROWS and len(items) < 2 * PIPE_PAGES:

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import psycopg
 
 from hlcli import migrations, output, s3
-from hlcli.exitcodes import TemporaryError
+from hlcli.exitcodes import TemporaryError, heed_stop
 from hlcli.jobs import Job, Report, maintain, run_job
 from hlcli.jobs.contention import persist
 from hlcli.jobs.object_load import Loading
@@ -193,6 +193,7 @@ class _Reading:
                         loading[loaders.submit(self._load, fetched, free)] = fetched
                     if not loading and (not fetching or self._over()):
                         break
+                    heed_stop()
                     # A signal that comes just before a wait without end would be looked at only after it.
                     under_way: list[Future[Any]] = [*fetching, *loading]
                     wait(under_way, timeout=1.0, return_when=FIRST_COMPLETED)

@@ -2,6 +2,7 @@
 
 import errno
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -11,7 +12,7 @@ import pytest
 import requests
 from psycopg import conninfo, sql
 
-from hlcli import db
+from hlcli import db, exitcodes
 from hlcli.budget import DeadlineError
 from hlcli.exitcodes import (
     MEANINGS,
@@ -276,3 +277,21 @@ def test_the_process_ends_with_the_code_of_its_error(cli, server, empty_database
         done = cli("rank", "vaults", DATABASE_URL=url)
         assert (done.returncode, done.stdout) == (code, ""), done
         assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_stop_that_python_dropped_is_heeded_later(monkeypatch):
+    monkeypatch.setattr(exitcodes, "_stop", None)
+    exitcodes.heed_stop()
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    class Cleared:
+        def __del__(self):
+            exitcodes.stop(ExitCode.TERMINATED)
+
+    Cleared()
+    assert [each.exc_type for each in dropped] == [exitcodes.Terminated]
+    for _ in range(2):
+        with pytest.raises(exitcodes.Terminated) as raised:
+            exitcodes.heed_stop()
+        assert exitcodes.exit_code_for(raised.value) is ExitCode.TERMINATED
