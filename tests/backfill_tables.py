@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter, defaultdict
+from decimal import Decimal
 from typing import NamedTuple
 
 from vault_tables import assert_ledger_adds_up, assert_nothing_left, exact, runs, timestamp
@@ -95,10 +96,9 @@ class World(UserFills):
         for user in self.addresses if users is None else users:
             served = within(self.served_of(user, now_ms), since_ms, until_ms)
             rows += fills_rows(served)
-            one_moment = len({row["time"] for row in served[: self.page_limit]}) == 1
             if len(within(self._unlimited(user, now_ms), since_ms, until_ms)) > len(served):
-                # A page of one millisecond, perhaps of spot alone, tells of no position.
-                states[user] = {"truncated", "complete"} if one_moment else {"truncated"}
+                is_told = tells_of_older(served[: self.page_limit])
+                states[user] = {"truncated"} if is_told else {"truncated", "complete"}
             elif len(within(self.fills_of(user), LAUNCH_MS, until_ms)) > len(served):
                 states[user] = {"complete", "truncated"}
             else:
@@ -112,6 +112,15 @@ class World(UserFills):
             return self.served_of(user, now_ms)
         finally:
             self.history_limit = limit
+
+
+def tells_of_older(page):
+    """Whether a page can only follow older fills: spot alone, or positions that all begin with it, tell of none."""
+    first = {}
+    for row in page:
+        first.setdefault(row["coin"], row["startPosition"])
+    perpetuals = {coin: held for coin, held in first.items() if not coin.startswith("@") and "/" not in coin}
+    return any(Decimal(held) != 0 for held in perpetuals.values())
 
 
 def within(served, since_ms, until_ms):
