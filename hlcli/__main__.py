@@ -9,11 +9,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hlcli import exitcodes
-from hlcli.exitcodes import ExitCode
+from hlcli.exitcodes import ExitCode, exit_code_for
 
 if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
+
+LOOK_AGAIN_S = 0.01
+_leaving = False
 
 
 def main() -> NoReturn:
@@ -30,17 +33,16 @@ def main() -> NoReturn:
 
         print(f"hlcli {__version__}")
         sys.exit(0)
+    global _leaving  # noqa: PLW0603 - a process leaves once
+    ended: BaseException = SystemExit(0)
     try:
         from hlcli.cli import app
 
         app(prog_name="hlcli")
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except BaseException as error:
-        from hlcli.cli.common import tell
-
-        code = int(tell(error))
-    _leave(code)
+        _leaving = True
+        ended = error
+    _leave(_code(ended))
 
 
 class _Pipe(io.FileIO):
@@ -70,10 +72,46 @@ def _outlive_readers(stream: Any) -> None:
 
 def _stopper(code: ExitCode) -> Any:
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's form
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-        exitcodes.stop(code)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)  # a second signal ends the process at once
+        if _may_raise(frame):
+            exitcodes.stop(code)
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, LOOK_AGAIN_S)
 
     return stop
+
+
+def _may_raise(frame: FrameType | None) -> bool:
+    """Whether the code that a signal interrupted can take an exception out of nowhere.
+
+    Polars panics when Python that it calls raises, and good content would pass for bad. Psycopg cancels the statement
+    that it waits for; anywhere else within it the connection would be left in disorder.
+    """
+    if _leaving or exitcodes.is_undisturbed():
+        return False
+    stack = []
+    while frame is not None:
+        stack.append((str(frame.f_globals.get("__name__", "")), frame.f_code.co_name))
+        frame = frame.f_back
+    packages = [module.partition(".")[0] for module, _ in stack]
+    if packages[:1] == ["contextlib"] or "polars" in packages:
+        return False
+    waits = [("psycopg.connection", "wait"), ("psycopg.cursor", "execute")]
+    return "psycopg" not in packages or stack[:2] == waits
+
+
+def _code(ended: BaseException) -> int:
+    """The exit code for what ended the command; what is neither an exit nor a signal is told."""
+    if isinstance(ended, SystemExit) and not ended.code:
+        return 0
+    if exitcodes.stopped_by() is not None:
+        return int(exit_code_for(ended))
+    if isinstance(ended, SystemExit):
+        return ended.code if isinstance(ended.code, int) else 1
+    from hlcli.cli.common import tell
+
+    return int(tell(ended))
 
 
 def _leave(code: int) -> NoReturn:

@@ -5,8 +5,12 @@ Exit codes are an interface. New ones may be added; whoever meets an unknown cod
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from enum import IntEnum
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class ExitCode(IntEnum):
@@ -66,14 +70,16 @@ class LockedError(HlcliError):
     exit_code = ExitCode.LOCKED
 
 
-class Terminated(SystemExit):
-    """SIGTERM or SIGINT arrived. A SystemExit, so that nothing mistakes it for a failed unit."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGINT arrived. A KeyboardInterrupt, on which Psycopg cancels the statement that it waits for."""
 
     def __init__(self, code: ExitCode) -> None:
         super().__init__(int(code))
+        self.code = code
 
 
 _stop: Terminated | None = None
+_undisturbed = 0
 
 
 def stop(code: ExitCode) -> NoReturn:
@@ -90,6 +96,27 @@ def heed_stop() -> None:
     """
     if _stop is not None:
         raise _stop
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """In the main thread: what has to be done to its end, such as a farewell. A signal takes effect after it."""
+    global _undisturbed  # noqa: PLW0603 - signals are the whole process's
+    _undisturbed += 1
+    try:
+        yield
+    finally:
+        _undisturbed -= 1
+
+
+def is_undisturbed() -> bool:
+    """Whether a signal has to wait."""
+    return _undisturbed > 0
+
+
+def stopped_by() -> ExitCode | None:
+    """The exit code of the signal that stops this process, None where there was none."""
+    return None if _stop is None else _stop.code
 
 
 # sqlstates that mean "needs a person": authorisation, unknown database or schema, insufficient privilege,
@@ -117,6 +144,10 @@ def exit_code_for(error: BaseException) -> ExitCode:
     Database errors are told apart by sqlstate: what needs a person is CONFIG, an outage is TEMPORARY, and what
     the server rejects as wrong data or wrong SQL is a BUG.
     """
+    if isinstance(error, Terminated):
+        return error.code
+    if _stop is not None:
+        return _stop.code  # whatever else it led to
     if isinstance(error, HlcliError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):

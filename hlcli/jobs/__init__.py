@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hlcli import ledger, logs, migrations
 from hlcli.budget import Budget
-from hlcli.exitcodes import ExitCode, HlcliError, LockedError, exit_code_for
+from hlcli.exitcodes import ExitCode, HlcliError, LockedError, exit_code_for, undisturbed
 from hlcli.http import HttpClient
 from hlcli.jobs.ping import ping
 from hlcli.ledger import Channel, Run
@@ -121,19 +121,20 @@ def run_job(
             report.error = f"ended by signal, exit {int(report.exit_code)}" if stopped else one_line(error)
             raise
         finally:
-            if report.failed and report.error is None and report.status != "ok":
-                report.error = f"{run.units_failed} units failed, first: {report.failed[0]}"
-            report.seconds = round(time.monotonic() - started, 3)
-            report.numbers = {
-                **asdict(run.counts),
-                "units_ok": run.units_ok,
-                "units_failed": run.units_failed,
-                "rows_failed": run.rows_failed,
-                **run.spent,
-            }
-            _close(settings, run, report)
-            run.release()
-            ping(settings, channel.name, run.run_id, report.exit_code, report.error or "")
+            with undisturbed():
+                if report.failed and report.error is None and report.status != "ok":
+                    report.error = f"{run.units_failed} units failed, first: {report.failed[0]}"
+                report.seconds = round(time.monotonic() - started, 3)
+                report.numbers = {
+                    **asdict(run.counts),
+                    "units_ok": run.units_ok,
+                    "units_failed": run.units_failed,
+                    "rows_failed": run.rows_failed,
+                    **run.spent,
+                }
+                _close(settings, run, report)
+                run.release()
+                ping(settings, channel.name, run.run_id, report.exit_code, report.error or "")
     if run.counts.new_rejects:
         log.warning(
             "%s: %d rows quarantined for the first time, see table rejected_rows",

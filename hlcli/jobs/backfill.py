@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import psycopg
 
 from hlcli import migrations, output
-from hlcli.exitcodes import TemporaryError, UsageError
+from hlcli.exitcodes import TemporaryError, UsageError, stopped_by, undisturbed
 from hlcli.jobs import Job, Report, run_job
 from hlcli.jobs.backfill_queue import Queue, Shard, Window
 from hlcli.jobs.backfill_store import Store
@@ -123,13 +123,15 @@ def _walk(job: Job, client: HttpClient, queue: Queue, options: Options) -> bool:
     )
     with _Progress(job, queue, store, options.limit) as progress, walkers:
         try:
+            walkers.start()
             while not walkers.ended():
                 if store.keep(walkers.ready()):
                     break
                 progress.tell()
         except Exception as error:
             # A wallet may be the cause. Leases that expire are counted, and a lasting cause is left alone.
-            if isinstance(error, psycopg.errors.InsufficientPrivilege):
+            # Where a signal came in the middle of a lock's release an error of that lock is what it ends in.
+            if stopped_by() is not None or isinstance(error, psycopg.errors.InsufficientPrivilege):
                 _give_back(walkers, queue)
             raise
         except BaseException:
@@ -144,8 +146,8 @@ def _walk(job: Job, client: HttpClient, queue: Queue, options: Options) -> bool:
 
 
 def _give_back(walkers: Walkers, queue: Queue) -> None:
-    walkers.stop(at_once=True)
-    with suppress(psycopg.Error):
+    with undisturbed(), suppress(psycopg.Error):
+        walkers.stop(at_once=True)
         queue.release()
 
 

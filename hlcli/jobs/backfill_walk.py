@@ -37,7 +37,7 @@ MANY_PAGES = 1000
 
 
 class Walkers:
-    """Threads that walk wallets, and one that keeps their leases alive; a context manager that ends them."""
+    """Threads that walk wallets, and one that keeps their leases alive; leaving it as a context ends them."""
 
     def __init__(
         self,
@@ -60,12 +60,15 @@ class Walkers:
         self._threads = [self._thread(self._walk_wallets) for _ in range(concurrency)]
 
     def __enter__(self) -> Self:
-        for thread in (*self._threads, self._thread(self._beat)):
-            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop(at_once=True)
+
+    def start(self) -> None:
+        """Let them begin. An exception on the way leaves those that have begun to stop()."""
+        for thread in (*self._threads, self._thread(self._beat)):
+            thread.start()
 
     def ended(self) -> bool:
         """Whether nothing more will come."""

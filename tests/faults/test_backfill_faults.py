@@ -426,6 +426,34 @@ def test_a_signal_gives_the_leases_back_at_once(
     done()
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("sim", [0.03], indirect=True)
+def test_signals_at_random_moments_give_the_leases_back(
+    spawn, run, world, sim, connection, done, tmp_path, rng
+):
+    users = tmp_path / "users"
+    users.write_text("\n".join(world.addresses))
+    stops = 0
+    while stops < 200:
+        world.asked.clear()
+        worker = spawn(
+            "backfill", "--users-file", str(users), "--page-size", str(PAGE), **PLENTY, **sim.env()
+        )
+        until(lambda: world.asked or worker.poll() is not None, "a first question")  # noqa: B023
+        time.sleep(rng.uniform(0, 1.5))
+        number, code = rng.choice([(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+        worker.send_signal(number)
+        _, told = worker.communicate(timeout=60)
+        last = runs(connection, "backfill")[-1]
+        assert (worker.returncode, last["exit_code"]) in {(code, code), (code, 0), (0, 0)}, told
+        assert_adds_up(connection)
+        stops += last["exit_code"] == code
+        if last["exit_code"] == 0:
+            done()
+            connection.execute("truncate backfill_progress, fills, ingestion_runs cascade")
+
+
 def test_a_deadline_leaves_the_rest_to_the_next_run_which_goes_on_inside_the_wallet(
     run, sim, world, whales, connection, done
 ):

@@ -1,18 +1,22 @@
 """What ends a command and which exit code it gets (promise G7), with errors that a real server raised."""
 
 import errno
+import signal
 import socket
 import sys
 import threading
 import time
 import uuid
 
+import polars as pl
 import psycopg
 import pytest
 import requests
 from psycopg import conninfo, sql
+from psycopg.pq import TransactionStatus
 
 from hlcli import db, exitcodes
+from hlcli.__main__ import LOOK_AGAIN_S, _stopper
 from hlcli.budget import DeadlineError
 from hlcli.exitcodes import (
     MEANINGS,
@@ -295,3 +299,123 @@ def test_a_stop_that_python_dropped_is_heeded_later(monkeypatch):
         with pytest.raises(exitcodes.Terminated) as raised:
             exitcodes.heed_stop()
         assert exitcodes.exit_code_for(raised.value) is ExitCode.TERMINATED
+
+
+@pytest.fixture
+def stopper(monkeypatch):
+    """Handle SIGTERM and SIGINT in this process as the command line does, for one test."""
+    monkeypatch.setattr(exitcodes, "_stop", None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    signal.signal(signal.SIGTERM, _stopper(ExitCode.TERMINATED))
+    signal.signal(signal.SIGINT, _stopper(ExitCode.INTERRUPTED))
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+SIGNALS = {signal.SIGTERM: ExitCode.TERMINATED, signal.SIGINT: ExitCode.INTERRUPTED}
+
+
+def on_stop(test):
+    """A test in which signals stop this process as they stop a command; pytest's own alarm would be among them."""
+    return pytest.mark.usefixtures("stopper")(pytest.mark.timeout(120, method="thread")(test))
+
+
+def assert_stopped(raised, number):
+    assert isinstance(raised, Terminated)
+    assert (exit_code_for(raised), exitcodes.stopped_by()) == (SIGNALS[number], SIGNALS[number])
+    # Whatever it led to; the second signal ends the process.
+    assert exit_code_for(RuntimeError("a lock that is not held")) is SIGNALS[number]
+    assert {signal.getsignal(each) for each in SIGNALS} == {signal.SIG_DFL}
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@on_stop
+def test_a_signal_within_polars_waits_until_polars_is_done(number):
+    made = []
+
+    def double(value):
+        signal.raise_signal(number)
+        for _ in range(5):
+            time.sleep(LOOK_AGAIN_S)  # it is looked again here, too
+        return 2 * value
+
+    with pytest.raises(Terminated) as raised:  # noqa: PT012 - after the list was made
+        made.extend(pl.Series([21]).map_elements(double, return_dtype=pl.Int64))
+        time.sleep(60)
+    assert made == [42]
+    assert_stopped(raised.value, number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@on_stop
+def test_a_signal_waits_for_what_has_to_be_done_to_its_end(number):
+    done = []
+    with pytest.raises(Terminated) as raised:  # noqa: PT012 - it comes after the farewell
+        with exitcodes.undisturbed():
+            signal.raise_signal(number)
+            time.sleep(5 * LOOK_AGAIN_S)
+            done.append("farewell")
+        time.sleep(60)
+    assert done
+    assert_stopped(raised.value, number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@on_stop
+def test_a_signal_during_a_statement_cancels_it_and_leaves_the_connection_usable(connection, number):
+    kick = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, number))
+    began = time.monotonic()
+    with pytest.raises(Terminated) as raised, connection.transaction():  # noqa: PT012
+        connection.execute("create table half_done ()")
+        kick.start()
+        connection.execute("select pg_sleep(60)")
+    assert time.monotonic() - began < 30
+    assert connection.info.transaction_status == TransactionStatus.IDLE
+    assert connection.execute("select to_regclass('half_done')").fetchone() == (None,)
+    assert_stopped(raised.value, number)
+
+
+def stopped_at(line, work):
+    """Do some work, with a signal at so many lines of Python after its beginning; whether there were so many."""
+    left = line
+
+    def trace(frame, event, _):
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if not left:
+                _stopper(ExitCode.TERMINATED)(signal.SIGTERM, frame)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+        if left <= 0:
+            time.sleep(60)  # it waits for a better moment
+    except Terminated:
+        pass
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+@on_stop
+def test_a_signal_at_any_line_leaves_no_transaction_half_begun_or_half_ended(connection, rng):
+    connection.execute("create table done (number integer)")
+
+    def work():
+        with connection.transaction():
+            connection.execute("insert into done select %s", (line,))
+            with connection.transaction(), connection.cursor().copy("copy done from stdin") as copy:
+                copy.write(f"-{line}\n")
+
+    line = 1
+    while stopped_at(line, work):
+        assert connection.info.transaction_status == TransactionStatus.IDLE, line
+        with connection.transaction():
+            found = connection.execute("select count(*) from done where abs(number) = %s", (line,)).fetchone()
+        assert found in {(0,), (2,)}, line
+        line += rng.randrange(1, 5)
+    assert line > 100
