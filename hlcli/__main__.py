@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hlcli import exitcodes
-from hlcli.exitcodes import ExitCode, exit_code_for
+from hlcli.exitcodes import ExitCode
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -102,13 +102,9 @@ def _may_raise(frame: FrameType | None) -> bool:
 
 
 def _code(ended: BaseException) -> int:
-    """The exit code for what ended the command; what is neither an exit nor a signal is told."""
-    if isinstance(ended, SystemExit) and not ended.code:
-        return 0
-    if exitcodes.stopped_by() is not None:
-        return int(exit_code_for(ended))
+    """The exit code for what ended the command; what is no plain exit is told."""
     if isinstance(ended, SystemExit):
-        return ended.code if isinstance(ended.code, int) else 1
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     from hlcli.cli.common import tell
 
     return int(tell(ended))

@@ -70,23 +70,27 @@ class LockedError(HlcliError):
     exit_code = ExitCode.LOCKED
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGINT arrived. A KeyboardInterrupt, on which Psycopg cancels the statement that it waits for."""
+class Terminated(SystemExit):
+    """SIGTERM or SIGINT arrived. A SystemExit, so that nothing mistakes it for a failed unit."""
 
     def __init__(self, code: ExitCode) -> None:
         super().__init__(int(code))
-        self.code = code
 
 
-_stop: Terminated | None = None
+_stopped_by: ExitCode | None = None
 _undisturbed = 0
 
 
 def stop(code: ExitCode) -> NoReturn:
     """Raise Terminated, as the handler of a signal, and have it remembered for heed_stop()."""
-    global _stop  # noqa: PLW0603 - a process is stopped once
-    _stop = Terminated(code)
-    raise _stop
+    global _stopped_by  # noqa: PLW0603 - a process is stopped once
+    _stopped_by = code
+    raise Terminated(code)
+
+
+def stopped_by() -> ExitCode | None:
+    """The exit code of the signal that stops this process, None where there was none."""
+    return _stopped_by
 
 
 def heed_stop() -> None:
@@ -94,8 +98,8 @@ def heed_stop() -> None:
 
     Whatever waits in a loop asks each time.
     """
-    if _stop is not None:
-        raise _stop
+    if _stopped_by is not None:
+        raise Terminated(_stopped_by)
 
 
 @contextmanager
@@ -112,11 +116,6 @@ def undisturbed() -> Iterator[None]:
 def is_undisturbed() -> bool:
     """Whether a signal has to wait."""
     return _undisturbed > 0
-
-
-def stopped_by() -> ExitCode | None:
-    """The exit code of the signal that stops this process, None where there was none."""
-    return None if _stop is None else _stop.code
 
 
 # sqlstates that mean "needs a person": authorisation, unknown database or schema, insufficient privilege,
@@ -144,10 +143,8 @@ def exit_code_for(error: BaseException) -> ExitCode:
     Database errors are told apart by sqlstate: what needs a person is CONFIG, an outage is TEMPORARY, and what
     the server rejects as wrong data or wrong SQL is a BUG.
     """
-    if isinstance(error, Terminated):
-        return error.code
-    if _stop is not None:
-        return _stop.code  # whatever else it led to
+    if _stopped_by is not None:
+        return _stopped_by  # whatever else the signal led to
     if isinstance(error, HlcliError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):

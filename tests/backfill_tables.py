@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter, defaultdict
 from decimal import Decimal
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from vault_tables import assert_ledger_adds_up, assert_nothing_left, exact, runs
 
 from hlcli.sim.user_fills import UserFills
 
+# A budget that nobody waits for, and a simulator that grants it.
+PLENTY = {"HL_API_WEIGHT_PER_MINUTE": "1000000"}
+SERVER_WEIGHT = 10**8
 FILLS, SLICES = "userFillsByTime", "userTwapSliceFillsByTime"
 LAUNCH_MS = 1_698_796_800_000  # 2023-11-01
 S3_BEGINS_MS = 1_753_606_800_000  # 2025-07-27 09:00
@@ -23,6 +27,8 @@ NUMBERS = {
     "closed_pnl": "closedPnl",
     "fee": "fee",
     "builder_fee": "builderFee",
+    "deployer_fee": "deployerFee",
+    "priority_gas": "priorityGas",
 }
 OTHERS = {
     "user_address": "user",
@@ -39,7 +45,7 @@ OTHERS = {
     "builder": "builder",
 }
 KEY = ("user_address", "coin", "tid", "oid", "side", "time")
-EMPTY = ("block_time", "block_number", "deployer_fee", "priority_gas", "extra", "object_id")
+EMPTY = ("block_time", "block_number", "extra", "object_id")
 
 
 class Question(NamedTuple):
@@ -112,6 +118,22 @@ class World(UserFills):
             return self.served_of(user, now_ms)
         finally:
             self.history_limit = limit
+
+
+def now_ms():
+    return int(time.time() * 1000)
+
+
+def recent_world(seed, wallets, fills, page_limit):
+    """A world with fills, and slices of TWAPs, of the last ten days."""
+    return World(
+        seed,
+        wallets=wallets,
+        fills=fills,
+        page_limit=page_limit,
+        history_limit=None,
+        recent_before_ms=now_ms() - 120_000,
+    )
 
 
 def tells_of_older(page):

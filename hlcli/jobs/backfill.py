@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 import psycopg
+from psycopg import errors
 
 from hlcli import migrations, output
 from hlcli.exitcodes import TemporaryError, UsageError, stopped_by, undisturbed
@@ -122,6 +123,7 @@ def _walk(job: Job, client: HttpClient, queue: Queue, options: Options) -> bool:
         page_size=options.page_size,
     )
     with _Progress(job, queue, store, options.limit) as progress, walkers:
+        may_be_a_wallet = False
         try:
             walkers.start()
             while not walkers.ended():
@@ -129,17 +131,13 @@ def _walk(job: Job, client: HttpClient, queue: Queue, options: Options) -> bool:
                     break
                 progress.tell()
         except Exception as error:
-            # A wallet may be the cause. Leases that expire are counted, and a lasting cause is left alone.
-            # Where a signal came in the middle of a lock's release an error of that lock is what it ends in.
-            if stopped_by() is not None or isinstance(error, psycopg.errors.InsufficientPrivilege):
-                _give_back(walkers, queue)
+            # Leases that expire are counted, and a lasting cause is left alone. A signal in the middle of a lock's
+            # release ends in an error of that lock.
+            may_be_a_wallet = stopped_by() is None and not isinstance(error, errors.InsufficientPrivilege)
             raise
-        except BaseException:
-            _give_back(walkers, queue)
-            raise
-        else:
-            _give_back(walkers, queue)
         finally:
+            if not may_be_a_wallet:
+                _give_back(walkers, queue)
             with suppress(psycopg.Error, TemporaryError):
                 _sum_up(job, queue, store, walkers)
     return walkers.ended_by is None and options.limit is None and not queue.has_left()

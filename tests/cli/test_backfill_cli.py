@@ -9,6 +9,7 @@ from decimal import Decimal
 from uuid import uuid4
 
 import pytest
+from backfill_tables import PLENTY, SERVER_WEIGHT
 from test_cli import NOWHERE, on_terminal
 from typer.testing import CliRunner
 from vault_tables import dump, runs
@@ -24,8 +25,6 @@ from hlcli.sim.user_fills import UserFills
 
 A, B, C = (f"0x{number:040x}" for number in range(0xA0, 0xA3))
 MIXED = "0xAbCdEf" + "0" * 33 + "1"
-SERVER_WEIGHT = 10**8
-PLENTY = {"HL_API_WEIGHT_PER_MINUTE": "1000000"}
 
 
 @pytest.fixture

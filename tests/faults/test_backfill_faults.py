@@ -17,16 +17,21 @@ import psycopg
 import pytest
 from backfill_tables import (
     FILLS,
+    PLENTY,
     S3_BEGINS_MS,
+    SERVER_WEIGHT,
     SLICES,
     World,
     assert_adds_up,
     assert_done,
     assert_same_fills,
+    now_ms,
     progress,
+    recent_world,
     states,
 )
 from vault_tables import assert_nothing_left, runs
+from waiting import until
 from wallet_tables import watch
 
 from hlcli.exitcodes import ExitCode, LockedError, exit_code_for
@@ -35,13 +40,7 @@ from hlcli.jobs.backfill_queue import MOST_ATTEMPTS, Queue, Shard
 from hlcli.sim import Fault, Simulator
 
 PAGE = 40
-PLENTY = {"HL_API_WEIGHT_PER_MINUTE": "1000000"}
-SERVER_WEIGHT = 10**8
 DAY_MS = 86_400_000
-
-
-def now_ms():
-    return int(time.time() * 1000)
 
 
 @pytest.fixture
@@ -97,15 +96,6 @@ def done(connection, world):
         assert_done(connection, world, now_ms(), **window)
 
     return check
-
-
-def until(condition, what, seconds=60):
-    """Wait until something is so, for as long as a loaded machine may need."""
-    ends = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < ends, f"waited in vain for {what}"
-        time.sleep(0.01)
-    return found
 
 
 def together(*tasks):
@@ -756,15 +746,7 @@ def test_a_wallet_over_which_five_workers_ended_is_left_alone(
 
 @pytest.fixture
 def recent(rng):
-    """A world with fills, and slices, of the last ten days."""
-    return World(
-        rng.randrange(2**32),
-        wallets=24,
-        fills=1_500,
-        page_limit=PAGE,
-        history_limit=None,
-        recent_before_ms=now_ms() - 120_000,
-    )
+    return recent_world(rng.randrange(2**32), wallets=24, fills=1_500, page_limit=PAGE)
 
 
 def test_slices_are_asked_for_where_the_window_reaches_into_what_is_kept(

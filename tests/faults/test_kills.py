@@ -19,6 +19,7 @@ from vault_tables import (
     open_addresses,
     runs,
 )
+from waiting import until
 
 from hlcli.jobs.ingest_vaults import CHANNEL, Options, ingest_vaults
 from hlcli.jobs.status import read_status
@@ -68,15 +69,6 @@ def gate(sim):
         yield made
     finally:
         made.opened.set()
-
-
-def until(condition, what, seconds=45):
-    """Wait until something is so, for as long as a loaded machine may need."""
-    ends = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < ends, f"waited in vain for {what}"
-        time.sleep(0.02)
-    return found
 
 
 def alone(connection):

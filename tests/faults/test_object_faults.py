@@ -33,8 +33,9 @@ from s3_server import (
     tids,
     twaps,
 )
-from test_kills import alone, skipped, until
+from test_kills import alone, skipped
 from vault_tables import assert_nothing_left, runs
+from waiting import until
 
 from hlcli import exitcodes
 from hlcli import s3 as s3_module

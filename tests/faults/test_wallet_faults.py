@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import pytest
 from vault_tables import PLENTY, assert_ledger_adds_up, assert_nothing_left, dump, runs
+from waiting import until
 from wallet_tables import (
     ASSETS,
     CURRENT,
@@ -607,15 +608,6 @@ def test_a_lost_database_connection_leaves_nothing_of_the_minute(take, sim, conn
 
 
 # --- killed -------------------------------------------------------------------------------------------------------
-
-
-def until(condition, what, seconds=45):
-    """Wait until something is so, for as long as a loaded machine may need."""
-    ends = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < ends, f"waited in vain for {what}"
-        time.sleep(0.01)
-    return found
 
 
 def alone(connection):

@@ -15,14 +15,18 @@ import pytest
 from backfill_tables import (
     FILLS,
     LAUNCH_MS,
+    PLENTY,
     S3_BEGINS_MS,
+    SERVER_WEIGHT,
     World,
     assert_adds_up,
     assert_done,
     assert_same_fills,
     exact,
     fills_rows,
+    now_ms,
     progress,
+    recent_world,
     states,
     stored_fills,
     within,
@@ -41,13 +45,7 @@ from hlcli.sim import Fault, Simulator
 from hlcli.sources import fills as source
 
 PAGE = 40
-PLENTY = {"HL_API_WEIGHT_PER_MINUTE": "1000000"}
-SERVER_WEIGHT = 10**8
 DAY = timedelta(days=1)
-
-
-def now_ms():
-    return int(time.time() * 1000)
 
 
 def ms(moment):
@@ -280,14 +278,7 @@ def is_blind_spot(served):
 @pytest.fixture
 def recent(rng):
     """A simulator with fills, and slices of TWAPs, of the last ten days."""
-    world = World(
-        rng.randrange(2**32),
-        wallets=16,
-        fills=1_600,
-        page_limit=PAGE,
-        history_limit=None,
-        recent_before_ms=now_ms() - 120_000,
-    )
+    world = recent_world(rng.randrange(2**32), wallets=16, fills=1_600, page_limit=PAGE)
     with Simulator(vaults=1, weight_per_minute=SERVER_WEIGHT, user_fills=world) as sim:
         yield sim, world
 

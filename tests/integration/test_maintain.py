@@ -12,6 +12,7 @@ from functools import partial
 import psycopg
 import pytest
 from vault_tables import assert_ledger_adds_up, assert_nothing_left, dump, runs
+from waiting import until
 from wallet_tables import freeze
 
 from hlcli.exitcodes import ExitCode
@@ -112,14 +113,6 @@ def everything(connection):
     return partitions(connection), {
         table: dump(connection, table, without=()) for table in tables if table != "ingestion_runs"
     }
-
-
-def until(condition, what, seconds=45):
-    ends = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < ends, f"waited in vain for {what}"
-        time.sleep(0.02)
-    return found
 
 
 def waits(connection):

@@ -12,6 +12,7 @@ from decimal import Decimal
 import polars as pl
 import pyarrow as pa
 import pytest
+from backfill_tables import NUMBERS
 from object_files import T0_MS, T0_NS, WALLETS, as_parquet, batches, block, event, fill, iso, lines, moment
 
 from hlcli.loader import Merge, checks, describe, load, quarantine
@@ -20,16 +21,6 @@ from hlcli.sources.files import UnusableError
 
 USER = WALLETS[0]
 RUN_ID = uuid.UUID(int=1)
-NUMBERS = {
-    "px": "px",
-    "sz": "sz",
-    "start_position": "startPosition",
-    "closed_pnl": "closedPnl",
-    "fee": "fee",
-    "builder_fee": "builderFee",
-    "deployer_fee": "deployerFee",
-    "priority_gas": "priorityGas",
-}
 PLAIN = {
     "coin": "coin",
     "side": "side",

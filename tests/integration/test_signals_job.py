@@ -6,7 +6,6 @@ Most tests fill wallet_snapshots themselves and let the database's clock stand s
 from __future__ import annotations
 
 import json
-import time
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -16,6 +15,7 @@ import psycopg
 import pytest
 import signal_oracle
 from vault_tables import PLENTY, assert_ledger_adds_up, assert_nothing_left, dump, runs
+from waiting import until
 from wallet_tables import freeze
 
 from hlcli.exitcodes import ExitCode, LockedError, UsageError
@@ -831,14 +831,6 @@ def test_recent_alerts_are_the_days_five_newest_trouble_with_the_data_first(conn
 def start(spawn):
     """Start `hlcli signals compute` as a process."""
     return partial(spawn, "signals", "compute")
-
-
-def until(condition, what, seconds=45):
-    """Wait until something is so, for as long as a loaded machine may need."""
-    expires = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < expires, f"waited in vain for {what}"
-        time.sleep(0.02)
 
 
 def count(connection, where):

@@ -284,7 +284,7 @@ def test_the_process_ends_with_the_code_of_its_error(cli, server, empty_database
 
 
 def test_a_stop_that_python_dropped_is_heeded_later(monkeypatch):
-    monkeypatch.setattr(exitcodes, "_stop", None)
+    monkeypatch.setattr(exitcodes, "_stopped_by", None)
     exitcodes.heed_stop()
     dropped = []
     monkeypatch.setattr(sys, "unraisablehook", dropped.append)
@@ -304,7 +304,7 @@ def test_a_stop_that_python_dropped_is_heeded_later(monkeypatch):
 @pytest.fixture
 def stopper(monkeypatch):
     """Handle SIGTERM and SIGINT in this process as the command line does, for one test."""
-    monkeypatch.setattr(exitcodes, "_stop", None)
+    monkeypatch.setattr(exitcodes, "_stopped_by", None)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     signal.signal(signal.SIGTERM, _stopper(ExitCode.TERMINATED))
     signal.signal(signal.SIGINT, _stopper(ExitCode.INTERRUPTED))
