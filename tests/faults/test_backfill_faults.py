@@ -576,6 +576,7 @@ def test_an_outage_ends_the_run_after_a_few_wallets(patient, run, sim, world, co
     done()
 
 
+@pytest.mark.parametrize("sim", [0.1], indirect=True)  # so that failures are counted as they come
 def test_a_source_that_will_hear_of_no_wallet_is_not_asked_of_them_all(run, sim, world, connection, done):
     sim.add_fault(Fault(FILLS, "status", times=None, status=404))
     report = run(concurrency=3)
