@@ -124,18 +124,6 @@ def now_ms():
     return int(time.time() * 1000)
 
 
-def recent_world(seed, wallets, fills, page_limit):
-    """A world with fills, and slices of TWAPs, of the last ten days."""
-    return World(
-        seed,
-        wallets=wallets,
-        fills=fills,
-        page_limit=page_limit,
-        history_limit=None,
-        recent_before_ms=now_ms() - 120_000,
-    )
-
-
 def tells_of_older(page):
     """Whether a page can only follow older fills: spot alone, or positions that all begin with it, tell of none."""
     first = {}

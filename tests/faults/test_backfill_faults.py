@@ -27,7 +27,6 @@ from backfill_tables import (
     assert_same_fills,
     now_ms,
     progress,
-    recent_world,
     states,
 )
 from vault_tables import assert_nothing_left, runs
@@ -747,7 +746,15 @@ def test_a_wallet_over_which_five_workers_ended_is_left_alone(
 
 @pytest.fixture
 def recent(rng):
-    return recent_world(rng.randrange(2**32), wallets=24, fills=1_500, page_limit=PAGE)
+    """A world of which a quarter is of the last ten days."""
+    return World(
+        rng.randrange(2**32),
+        wallets=24,
+        fills=4_000,
+        page_limit=PAGE,
+        history_limit=None,
+        recent_before_ms=now_ms() - 120_000,
+    )
 
 
 def test_slices_are_asked_for_where_the_window_reaches_into_what_is_kept(

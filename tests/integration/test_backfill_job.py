@@ -26,7 +26,6 @@ from backfill_tables import (
     fills_rows,
     now_ms,
     progress,
-    recent_world,
     states,
     stored_fills,
     within,
@@ -278,7 +277,16 @@ def is_blind_spot(served):
 @pytest.fixture
 def recent(rng):
     """A simulator with fills, and slices of TWAPs, of the last ten days."""
-    world = recent_world(rng.randrange(2**32), wallets=16, fills=1_600, page_limit=PAGE)
+    now = now_ms()
+    world = World(
+        rng.randrange(2**32),
+        wallets=16,
+        fills=1_600,
+        page_limit=PAGE,
+        history_limit=None,
+        begins_ms=now - 10 * 86_400_000,
+        ends_ms=now - 120_000,
+    )
     with Simulator(vaults=1, weight_per_minute=SERVER_WEIGHT, user_fills=world) as sim:
         yield sim, world
 
