@@ -39,6 +39,7 @@ _SETTLE = """
     with clock as materialized (select set_config('simulated.clock', %s, false) as now)
     select budget_settle(case when now <> '' then %s end, %s, %s, %s, %s, null, %s) from clock
 """
+_USED = "select sum(weight)::bigint from rate_budget_buckets where egress_key = %s"
 
 
 def simulate_clock(connection: Connection[Any]) -> None:
@@ -84,6 +85,8 @@ class Served(NamedTuple):
     settled: float
     cost: int
     priority: Priority
+    free: int
+    """What its grant left of the limit."""
 
 
 @dataclass
@@ -119,16 +122,17 @@ class Address:
             if second is None:
                 self.clock.after(wait_s * self.clock.rng.uniform(1.0, 1.05), reserve)
                 return
+            (used,) = self.clock.connection.execute(_USED, (self.key,)).fetchone() or (0,)
             latency, granted = self.latency(), self.clock.now
             arrives, answers = sorted(self.clock.rng.uniform(0, latency) for _ in range(2))
             self.clock.after(arrives, self.window.admit, min(BASE, cost))
             self.clock.after(answers, self.window.charge, cost - min(BASE, cost))
-            self.clock.after(latency, settle, second, granted)
+            self.clock.after(latency, settle, second, granted, self.limit - used)
 
-        def settle(second: int, granted: float) -> None:
+        def settle(second: int, granted: float, free: int) -> None:
             self.clock.ask(_SETTLE, self.key, second, reserved, cost, int(priority), self.limit)
             self.served.append(
-                Served(asked - BEGIN_S, granted - BEGIN_S, self.clock.now - BEGIN_S, cost, priority)
+                Served(asked - BEGIN_S, granted - BEGIN_S, self.clock.now - BEGIN_S, cost, priority, free)
             )
             then()
 
