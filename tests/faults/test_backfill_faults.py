@@ -331,12 +331,12 @@ def test_what_a_worker_brings_that_slept_over_its_lease_is_refused(
     users.write_text("\n".join(world.addresses))
     with Gate(sim, after=6) as gate:
         sleeper = spawn(
-            "backfill", "--users-file", str(users), "--page-size", str(PAGE), "--concurrency", "2", "--lease", "1s",
+            "backfill", "--users-file", str(users), "--page-size", str(PAGE), "--concurrency", "2", "--lease", "2s",
             "--json", HL_EGRESS_KEY="sleeper", **PLENTY, **sim.env(),
         )  # fmt: skip
         until(lambda: len(world.asked) == 8, "two questions that wait for their answers")
         # Not amid a transaction, whose locks would be kept, too.
-        until(lambda: settled(connection), "the pages before them")
+        until(lambda: all_stored(connection, world, 2), "the pages before them")
         sleeper.send_signal(signal.SIGSTOP)
         sim.clear_faults()
         try:
@@ -352,13 +352,21 @@ def test_what_a_worker_brings_that_slept_over_its_lease_is_refused(
     done()
 
 
-def settled(connection):
-    """Whether a second goes by in which no worker begins or ends a transaction that writes."""
-    changes = "select sum(pages), count(*) filter (where state <> 'pending') from backfill_progress"
-    before = connection.execute(changes).fetchone()
-    time.sleep(0.5)
-    busy = "select count(*) from pg_stat_activity where datname = current_database() and state like 'idle in transaction%'"
-    return connection.execute(changes).fetchone() == before and connection.execute(busy).fetchone() == (0,)
+def all_stored(connection, world, waiting):
+    """Whether every answer is stored, where of so many wallets a question waits for its own."""
+    under_way = {
+        user: row["pages"] for user, row in progress(connection).items() if row["state"] == "running"
+    }
+    return len(under_way) == waiting and all(
+        pages == pages_of([question for question in world.asked if question.user == user])
+        for user, pages in under_way.items()
+    )
+
+
+def pages_of(asked):
+    """How many pages a wallet's questions have brought, of which the last one waits for its answer."""
+    # From the beginning, or the other way round: about the page before, which does not come without that answer.
+    return sum(question.start > 0 and not question.newest_first for question in asked) - 1
 
 
 LOST = {
@@ -369,15 +377,23 @@ LOST = {
 
 
 @pytest.mark.parametrize("change", LOST.values(), ids=LOST)
-def test_what_comes_under_a_lost_lease_is_refused(run, sim, world, whales, connection, done, change):
+def test_what_comes_under_a_lost_lease_is_refused(run, sim, world, whales, connection, done, change, caplog):
     whale = whales[0]
-    with Gate(sim, address=whale, after=5, times=1) as gate, ThreadPoolExecutor(1) as pool:
+    caplog.set_level("INFO", logger="hlcli")
+    with (
+        Gate(sim, address=whale, after=5, times=1) as gate,
+        # No further page comes before the loss is known; the one that is refused may take a second question.
+        Gate(sim, address=whale, after=7, times=1) as further,
+        ThreadPoolExecutor(1) as pool,
+    ):
         worker = pool.submit(run, concurrency=1)
         gate.wait()
-        until(lambda: settled(connection), "the pages before that")
+        until(lambda: all_stored(connection, world, 1), "the pages before that")
         connection.execute(f"update backfill_progress set {change} where user_address = %s", (whale,))
         pages = progress(connection)[whale]["pages"]
         gate.opened.set()
+        until(lambda: "its lease had expired" in caplog.text, "the refusal")
+        further.opened.set()
         report = worker.result()
     # The same worker finished it, when the other did not come back.
     assert (report.status, report.details["lost_leases"]) == ("ok", 1)
