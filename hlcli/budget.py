@@ -2,7 +2,7 @@
 
 The exchange allows 1200 units of weight per minute and address. A request reserves the worst that it can cost
 before it is sent and settles for what it did cost once its answer is here; the bookkeeping is two SQL functions
-(sql/0001_foundation.sql), so that it is one round trip and the database's clock alone decides.
+(budget_reserve and budget_settle), so that it is one round trip and the database's clock alone decides.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ create table backfill_progress (
     slices_covered   tstzmultirange not null default '{}',
     coverage_from    timestamptz generated always as (lower(covered)) stored,
     coverage_to      timestamptz generated always as (upper(covered)) stored,
-    history_from     timestamptz,
+    doubtful         tstzmultirange not null default '{}',
     completed        boolean not null generated always as (state = 'complete') stored,
     started_at       timestamptz,
     completed_at     timestamptz,
@@ -55,8 +55,8 @@ comment on column backfill_progress.covered is 'times of which every fill that t
 comment on column backfill_progress.cut_off is 'wanted times that the API''s own limit on a wallet''s history has cut off';
 comment on column backfill_progress.slices_covered is 'as covered, of the endpoint of TWAP slices, which keeps some two weeks only';
 comment on column backfill_progress.coverage_from is 'where covered begins, as coverage_to is where it ends';
-comment on column backfill_progress.history_from is
-    'the oldest fill that the API served when there were more than one page of them and nothing older';
+comment on column backfill_progress.doubtful is
+    'covered times before the oldest fill that the API served: when nothing is left to ask, the number of fills since then tells whether its limit has cut them off';
 comment on column backfill_progress.completed is 'never true of a truncated wallet';
 comment on column backfill_progress.completed_at is 'when it was last done, complete or truncated';
 comment on column backfill_progress.fills_count is

@@ -112,7 +112,6 @@ def _as_json(wallet: Wallet) -> dict[str, Any]:
         "pages": wallet.pages,
         "attempts": wallet.attempts,
         "oldest_fill_time": wallet.oldest_fill_time,
-        "history_from": wallet.history_from,
         "completed_at": wallet.completed_at,
         "error": wallet.error,
     }

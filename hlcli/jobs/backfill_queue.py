@@ -17,6 +17,7 @@ from psycopg.types.range import Range as Bounds
 
 from hlcli.exitcodes import UsageError
 from hlcli.jobs.contention import persist
+from hlcli.logs import log
 from hlcli.migrations import LOCK_NAMESPACE
 from hlcli.sources.user_fills import HISTORY_LIMIT, SLICES
 from hlcli.sqlfiles import query
@@ -37,6 +38,7 @@ MOST_ATTEMPTS = 5
 LOOK_AGAIN_S = 1.0
 # How far from the limit a wallet's number of fills may be when it was cut off there: some come while we count.
 NEAR_LIMIT = HISTORY_LIMIT // 50
+COUNTED_AT_ONCE = timedelta(days=30)
 # Fills are served a little after they happened.
 YOUNGEST = timedelta(minutes=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -226,6 +228,8 @@ def for_all_wallets(
             run(sql.SQL(query("backfill", "wallets_of_part")).format(part=part))
         except errors.FeatureNotSupported:
             run(sql.SQL(query("backfill", "wallets_of_part_at_once")).format(part=part))
+        except errors.UndefinedTable:
+            log.info("%s: dropped meanwhile, with what was too old", place[1])
 
 
 def keep_page(connection: Connection[Any], page: Fetched, *, lasts: timedelta) -> bool:
@@ -241,7 +245,7 @@ def keep_page(connection: Connection[Any], page: Fetched, *, lasts: timedelta) -
             "covered": nothing if of_slices else covered,
             "cut_off": nothing if of_slices else cut_off,
             "slices_covered": covered if of_slices else nothing,
-            "history_from": None if page.history_from is None else moment(page.history_from),
+            "doubtful": _multirange(page.doubtful),
             "weight": page.weight,
             "fills": page.fills,
             "oldest": page.oldest,
@@ -251,27 +255,49 @@ def keep_page(connection: Connection[Any], page: Fetched, *, lasts: timedelta) -
     return row is not None
 
 
-def finish(connection: Connection[Any], lease: Lease) -> str | None:
-    """Say that nothing is left to ask; returns the wallet's state, or None when the lease is no longer ours.
+def decide(connection: Connection[Any], lease: Lease) -> None:
+    """Find out whether what is doubtful of a wallet was cut off, when all that it is served is stored.
 
-    Where there was more than a page and the number of fills since the oldest one is just the source's limit, that
-    one is where the history is cut off, though nothing else shows it.
+    Where the number of fills since the oldest one is just the source's limit, that one is where the history is cut
+    off, though nothing else shows it; else the wallet began there. Needs autocommit.
     """
     values = {"user": lease.user, "token": lease.token}
-    began = connection.execute(query("backfill", "history_began"), values).fetchone()
-    if began is not None:
-        history_from, wanted_from = began
-        (count,) = _row(
-            connection.execute(
-                query("backfill", "count_fills"),
-                {**values, "since": history_from, "most": HISTORY_LIMIT + NEAR_LIMIT + 1},
-            ).fetchone()
-        )
-        if abs(count - HISTORY_LIMIT) <= NEAR_LIMIT:
-            before = TimestamptzMultirange([Bounds(wanted_from, history_from)])
-            connection.execute(query("backfill", "cut_off"), {**values, "range": before})
-        else:  # the wallet began there; it may come near the limit later
-            connection.execute(query("backfill", "is_whole"), values)
+    row = connection.execute(query("backfill", "doubtful"), values).fetchone()
+    if row is None:
+        return
+    doubtful, now = row
+    cut_off = [
+        each
+        for each in doubtful
+        if abs(_count_fills(connection, lease.user, each.upper, now) - HISTORY_LIMIT) <= NEAR_LIMIT
+    ]
+    connection.execute(query("backfill", "decide"), {**values, "cut_off": TimestamptzMultirange(cut_off)})
+
+
+def _count_fills(connection: Connection[Any], user: str, since: datetime, until: datetime) -> int:
+    """How many of a wallet's fills are stored, or so many that they are too many for the limit.
+
+    Month by month: a statement locks every partition that it may read, and a server has a few thousand locks in all.
+    """
+    count, most = 0, HISTORY_LIMIT + NEAR_LIMIT + 1
+    while since < until and count < most:
+        values = {
+            "user": user,
+            "since": since,
+            "until": min(since + COUNTED_AT_ONCE, until),
+            "most": most - count,
+        }
+        # A prepared statement would lock all partitions again.
+        count += _row(connection.execute(query("backfill", "count_fills"), values, prepare=False).fetchone())[
+            0
+        ]
+        since += COUNTED_AT_ONCE
+    return count
+
+
+def finish(connection: Connection[Any], lease: Lease) -> str | None:
+    """Say that nothing is left to ask; returns the wallet's state, or None when the lease is no longer ours."""
+    values = {"user": lease.user, "token": lease.token}
     done = connection.execute(query("backfill", "finish"), values).fetchone()
     return done[0] if done else None
 

@@ -13,7 +13,7 @@ import psycopg
 from hlcli.http import StatusError
 from hlcli.jobs import maintain
 from hlcli.jobs.asking import OUTAGE_AFTER
-from hlcli.jobs.backfill_queue import fail, finish, keep_page
+from hlcli.jobs.backfill_queue import decide, fail, finish, keep_page
 from hlcli.jobs.contention import persist
 from hlcli.loader import Counts, Merge, Rejected, describe, load, quarantine
 from hlcli.logs import log, one_line
@@ -22,6 +22,7 @@ from hlcli.sources.files import Rows, UnusableError
 from hlcli.sqlfiles import query
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import timedelta
 
     import polars as pl
@@ -44,7 +45,7 @@ class Fetched(NamedTuple):
     kind: str
     covered: Range
     cut_off: Range | None
-    history_from: int | None
+    doubtful: Range | None
     fills: int
     weight: int
     frame: pl.DataFrame | None
@@ -56,7 +57,7 @@ class Fetched(NamedTuple):
         frame, rejected = (rows.frame, rows.rejected) if rows else (None, [])
         frame = frame if frame is not None and frame.height else None
         count = len(page.events)
-        return cls(lease, kind, page.covered, page.cut_off, page.history_from, count, weight, frame, rejected)
+        return cls(lease, kind, page.covered, page.cut_off, page.doubtful, count, weight, frame, rejected)
 
     @property
     def oldest(self) -> int | None:
@@ -106,6 +107,13 @@ class Store:
 
         What the database refuses is tried wallet by wallet, and fails the wallet.
         """
+        walked = [item for item in items if isinstance(item, Walked)]
+        is_outage = self._keep([item for item in items if not isinstance(item, Walked)])
+        for item in walked:
+            decide(self._connection, item.lease)
+        return self._keep(walked) or is_outage
+
+    def _keep(self, items: Sequence[Item]) -> bool:
         # In the order of wallets, as other workers may wait for the same rows; a wallet's items stay in theirs.
         items = sorted((item for item in items if not item.lease.lost), key=lambda item: item.lease.user)
         if not items:
@@ -119,7 +127,7 @@ class Store:
     def _keep_each(self, items: list[Item], error: psycopg.Error) -> bool:
         leases = {item.lease.user: item.lease for item in items}
         if len(leases) > 1:
-            outages = [self.keep([item for item in items if item.lease.user == user]) for user in leases]
+            outages = [self._keep([item for item in items if item.lease.user == user]) for user in leases]
             return any(outages)
         (lease,) = leases.values()
         outage = self._commit([Failed(lease, UnusableError(f"refused by the database: {one_line(error)}"))])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from hlcli.budget import DeadlineError
 from hlcli.exitcodes import heed_stop
-from hlcli.http import BACKOFF_CAP_S, SourceError
+from hlcli.http import BACKOFF_CAP_S, SourceError, StatusError
 from hlcli.jobs.backfill_store import Failed, Fetched, Item, Walked
 from hlcli.logs import log, one_line
 from hlcli.sources import user_fills
@@ -117,7 +117,8 @@ class Walkers:
             except DeadlineError as error:
                 self._ends_by(error)
             except (SourceError, UnusableError) as error:
-                if self._client.left_s < BACKOFF_CAP_S and isinstance(error, SourceError):
+                refused = isinstance(error, StatusError) and error.of_question
+                if self._client.left_s < BACKOFF_CAP_S and isinstance(error, SourceError) and not refused:
                     self._ends_by(error)  # it might have been had, with more time
                 else:
                     self._put(Failed(lease, error))

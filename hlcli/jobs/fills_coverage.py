@@ -70,8 +70,6 @@ class Wallet:
     attempts: int
     oldest_fill_time: int | None
     """Milliseconds since 1970."""
-    history_from: str | None
-    """The oldest fill that the API serves."""
     completed_at: str | None
     error: str | None
     stored: list[Stored] | None = None
@@ -192,8 +190,8 @@ def _in_order(connection: Connection[Any], asked: Any, values: dict[str, Any]) -
 
 
 def _wallet(row: tuple[Any, ...], stored: list[Stored] | None = None) -> Wallet:
-    user, state, wanted, covered, cut_off, slices, missing, fills, pages, attempts, oldest, *more = row
-    history_from, completed_at, error = more
+    user, state, wanted, covered, cut_off, slices, missing, fills, pages, attempts, *more = row
+    oldest, completed_at, error = more
     return Wallet(
         user_address=user,
         state=state,
@@ -206,7 +204,6 @@ def _wallet(row: tuple[Any, ...], stored: list[Stored] | None = None) -> Wallet:
         pages=pages,
         attempts=attempts,
         oldest_fill_time=oldest,
-        history_from=None if history_from is None else _iso(history_from),
         completed_at=None if completed_at is None else _iso(completed_at),
         error=error,
         stored=stored,

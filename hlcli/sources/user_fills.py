@@ -59,8 +59,9 @@ class Page:
     """The source serves no other fills of this range; it may be empty."""
     cut_off: Range | None = None
     """The source has had fills of this range, or seems to, and does not serve them any more."""
-    history_from: int | None = None
-    """The oldest fill served, where there is more than a page of them and nothing is known to be older."""
+    doubtful: Range | None = None
+    """Of what is covered, up to the oldest fill served: whether there were others, which are not served any more, cannot
+    be told, as there is more than a page since then and nothing is known to be older."""
 
 
 class Ask(Protocol):
@@ -131,14 +132,14 @@ def pages(ask: Ask, start: int, end: int, begins: Start, *, page_size: int = PAG
             moved_on = low is None and part.had_fill
             if moved_on and _is_empty(ask, part, page_size):
                 raise BadPayloadError("no fill is served any more, though there were some")
-            cut_to, history_from = None, None
+            cut_to, doubtful_to = None, None
             if moved_on:
                 cut_to = part.end
             elif part.begins is Start.FILL:
                 cut_to = low
             elif part.newer is not None:
-                cut_to, history_from = _history(ask, part, answer if low is not None else part.newer)
-            yield _page(answer, part, part.start, part.end, cut_to, history_from)
+                cut_to, doubtful_to = _history(ask, part, answer if low is not None else part.newer)
+            yield _page(answer, part, part.start, part.end, cut_to, doubtful_to)
         elif low is None or high is None:
             raise BadPayloadError("a page without a single time was served")
         elif low >= part.end and (answer.descending or low == high):
@@ -154,12 +155,12 @@ def pages(ask: Ask, start: int, end: int, begins: Start, *, page_size: int = PAG
             yield _page(answer, part, max(low + 1, part.start), part.end)
         else:
             left.append(_Part(high, part.end, Start.FILL))
-            cut_to, history_from = None, None
+            cut_to, doubtful_to = None, None
             if part.begins is Start.FILL:
                 cut_to = low
             elif unsure:
-                cut_to, history_from = _history(ask, part, answer)
-            yield _page(answer, part, part.start, high, cut_to, history_from)
+                cut_to, doubtful_to = _history(ask, part, answer)
+            yield _page(answer, part, part.start, high, cut_to, doubtful_to)
         left = [each for each in left if each.start < each.end]
 
 
@@ -232,9 +233,12 @@ def _page(
     served_from: int,
     served_to: int,
     cut_to: int | None = None,
-    history_from: int | None = None,
+    doubtful_to: int | None = None,
 ) -> Page:
-    """The fills of [served_from, served_to) as far as they are the part's, which is cut off up to `cut_to`."""
+    """The fills of [served_from, served_to) as far as they are the part's, which is cut off up to `cut_to`.
+
+    Up to `doubtful_to` that is not known.
+    """
     cut_off = (part.start, min(cut_to, part.end)) if cut_to is not None and part.start < cut_to else None
     first = cut_off[1] if cut_off else served_from
     last = max(first, min(served_to, part.end))
@@ -244,7 +248,8 @@ def _page(
         for time, event in zip_longest(answer.times, answer.events)
         if time is None or first <= time < last
     ]
-    return Page(events, (first, last), cut_off, history_from)
+    doubtful = (first, doubtful_to) if doubtful_to is not None and first < doubtful_to else None
+    return Page(events, (first, last), cut_off, doubtful)
 
 
 def _millisecond(ask: Ask, head: _Answer, time: int) -> Page:
@@ -272,7 +277,7 @@ def _is_empty(ask: Ask, part: _Part, page_size: int) -> bool:
 
 
 def _history(ask: Ask, part: _Part, oldest: _Answer) -> tuple[int | None, int | None]:
-    """Up to where the part is cut off, and the oldest fill served, by the oldest page: (None, None) where older is served."""
+    """Up to where the part is cut off, or up to where that is doubtful, by the oldest page; neither where older is served."""
     older = _Part(BEGINNING, part.start, Start.PLAIN)
     from_nothing = _from_nothing(oldest.events)
     if (
@@ -281,7 +286,7 @@ def _history(ask: Ask, part: _Part, oldest: _Answer) -> tuple[int | None, int | 
         and _read(ask(BEGINNING, part.start - 1), older, 1, unended=False).times
     ):
         return None, None
-    return None if from_nothing else oldest.low, oldest.low
+    return (None, oldest.low) if from_nothing else (oldest.low, None)
 
 
 def _from_nothing(events: list[Any]) -> bool:

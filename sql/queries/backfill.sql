@@ -46,7 +46,7 @@ on conflict do nothing
 
 -- Ask for a window. What is leased goes on with what it was leased for; the rest is found out when it is done. What
 -- somebody wants of a wallet that is not done is taken back only by who names it. One that failed rests for as many
--- hours as it was tried, unless it is named. What was pending stays so, as only `finish` looks for a history cut off.
+-- hours as it was tried, unless it is named. What was pending stays so, as what is doubtful is decided when nothing is left.
 -- name: want
 update backfill_progress p
 set wanted_from = asked.since, wanted_to = asked.until,
@@ -106,25 +106,23 @@ where user_address in (
 update backfill_progress
 set covered = covered + %(covered)s, cut_off = cut_off + %(cut_off)s,
     slices_covered = slices_covered + %(slices_covered)s,
-    history_from = least(history_from, %(history_from)s), pages = pages + 1, weight = weight + %(weight)s,
+    doubtful = doubtful + %(doubtful)s, pages = pages + 1, weight = weight + %(weight)s,
     fills_count = fills_count + %(fills)s, oldest_fill_time = least(oldest_fill_time, %(oldest)s),
     attempts = 0, lease_expires_at = clock_timestamp() + %(lease)s, updated_at = clock_timestamp()
 where user_address = %(user)s and lease_token = %(token)s and lease_expires_at > clock_timestamp()
 returning true
 
--- name: history_began
-select history_from, wanted_from from backfill_progress
-where user_address = %(user)s and lease_token = %(token)s and history_from > wanted_from
+-- name: doubtful
+select doubtful, hlcli_now() from backfill_progress
+where user_address = %(user)s and lease_token = %(token)s and not isempty(doubtful)
 
 -- By itself, as `fills` may be distributed.
 -- name: count_fills
-select count(*) from (select from fills where user_address = %(user)s and time >= %(since)s limit %(most)s) found
+select count(*) from (
+    select from fills where user_address = %(user)s and time >= %(since)s and time < %(until)s limit %(most)s) found
 
--- name: is_whole
-update backfill_progress set history_from = null where user_address = %(user)s and lease_token = %(token)s
-
--- name: cut_off
-update backfill_progress set covered = covered - %(range)s, cut_off = cut_off + %(range)s
+-- name: decide
+update backfill_progress set covered = covered - %(cut_off)s, cut_off = cut_off + %(cut_off)s, doubtful = '{}'
 where user_address = %(user)s and lease_token = %(token)s
 
 -- name: finish
@@ -157,7 +155,7 @@ returning true
 update backfill_progress set state = 'pending', error = null, attempts = 0, updated_at = clock_timestamp()
 where user_address = any (%(users)s) and state = 'failed'
 
--- Pending, though nothing may be left to ask: only `finish` looks for a history that is cut off.
+-- Pending, though nothing may be left to ask: what is doubtful is still to be decided.
 -- name: release
 update backfill_progress
 set state = 'pending', attempts = greatest(attempts - 1, 0),

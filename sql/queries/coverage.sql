@@ -58,7 +58,7 @@ from backfill_progress group by state
 -- name: wallets
 select user_address, state, wanted::text, covered::text, cut_off::text, slices_covered::text,
        (wanted - covered - %(s3)s::tstzmultirange)::text as missing,
-       fills_count, pages, attempts, oldest_fill_time, history_from::text, completed_at::text, error
+       fills_count, pages, attempts, oldest_fill_time, completed_at::text, error
 from (
     select *, case when state = 'failed' then 0
                    when %(s3)s::tstzmultirange @> (wanted - covered) then case when isempty(cut_off) then 4 else 3 end
@@ -76,7 +76,7 @@ from (
         case when state is null then %(otherwise)s::tstzmultirange
              else tstzmultirange(tstzrange(wanted_from, wanted_to)) end as wanted,
         coalesce(fills_count, 0) as fills_count, coalesce(pages, 0) as pages, coalesce(attempts, 0) as attempts,
-        oldest_fill_time, history_from, completed_at, error
+        oldest_fill_time, completed_at, error
  from unnest(%(users)s::text[]) named (user_address) left join backfill_progress using (user_address))
 
 -- name: stored

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from backfill_tables import progress, states
 from psycopg import errors
+from waiting import until
 from wallet_tables import MEMBERS, watch
 
 from hlcli.exitcodes import UsageError
@@ -26,6 +27,7 @@ from hlcli.jobs.backfill_queue import (
     Queue,
     Shard,
     Window,
+    decide,
     fail,
     finish,
     keep_page,
@@ -69,9 +71,9 @@ def walk(connection):
     return do
 
 
-def page(lease, covered, *, cut_off=None, kind=FILLS, history_from=None, fills=0, weight=20):
+def page(lease, covered, *, cut_off=None, kind=FILLS, doubtful=None, fills=0, weight=20):
     """A page without any rows, which the queue does not look at; times in milliseconds."""
-    return Fetched(lease, kind, covered, cut_off, history_from, fills, weight, None, [])
+    return Fetched(lease, kind, covered, cut_off, doubtful, fills, weight, None, [])
 
 
 def addresses(rng, number):
@@ -285,7 +287,7 @@ def test_failed_wallets_rest_as_many_hours_as_they_were_tried(connection, worker
     for attempts, user in enumerate((A, B, C), 1):
         enlist(connection, [user], "failed", attempts=attempts)
         connection.execute(
-            "update backfill_progress set updated_at = clock_timestamp() - interval '119 minutes 59 seconds'"
+            "update backfill_progress set updated_at = clock_timestamp() - interval '119 minutes'"
         )
     watch(connection, [D])
     worker().want(WINDOW)
@@ -296,7 +298,7 @@ def test_failed_wallets_rest_as_many_hours_as_they_were_tried(connection, worker
     # One that is named begins anew.
     assert [found[user]["attempts"] for user in (A, B, C)] == [1, 2, 0]
     connection.execute(
-        "update backfill_progress set updated_at = updated_at - interval '2 seconds' where user_address = %s",
+        "update backfill_progress set updated_at = updated_at - interval '2 minutes' where user_address = %s",
         (B,),
     )
     worker().want(WINDOW)
@@ -397,6 +399,27 @@ def test_workers_that_start_together_look_for_wallets_once(connection, worker, l
             each.result()
     assert len(looked) == 1
     assert {queue.left().all for queue in queues} == {2}
+
+
+def test_a_partition_that_is_dropped_meanwhile_is_passed_over(connection, worker, database):
+    days = [START + number * DAY for number in range(3)]
+    maintain.cover(connection, "fills", days)
+    for user, day in zip((A, B, C), days, strict=True):
+        add_fills(connection, user, [day])
+    queue = worker()
+    first, second, _ = (f"fills_p{day:%Y%m%d}" for day in days)
+    with psycopg.connect(database) as maintaining, ThreadPoolExecutor(1) as pool:
+        maintaining.execute(f"lock table {first} in access exclusive mode")
+        wanting = pool.submit(queue.want, WINDOW)
+        waits = "select exists (select from pg_locks where pid = %s and not granted)"
+        until(
+            lambda: connection.execute(waits, (queue.connection.info.backend_pid,)).fetchone() == (True,),
+            "the first partition",
+        )
+        maintaining.execute(f"drop table {second}")
+        maintaining.commit()
+        wanting.result(60)
+    assert set(progress(connection)) == {A, C}
 
 
 def test_a_worker_that_joins_later_looks_for_wallets_after_six_hours(connection, worker, looked):
@@ -559,7 +582,9 @@ def test_two_workers_that_claim_at_once_never_get_the_same_wallet(connection, wo
     barrier = threading.Barrier(len(queues))
 
     def take(queue, most):
-        taken = []
+        barrier.wait(60)
+        taken = queue.claim(most)
+        # Nobody goes on before everybody has some.
         barrier.wait(60)
         while True:
             leases = queue.claim(most)
@@ -590,7 +615,6 @@ def test_renewing_prolongs_what_has_not_expired_and_is_ones_own(connection, work
     assert users_of(second.claim(1)) == [C]
     expire(connection, B)
     before = {user: row["lease_expires_at"] for user, row in progress(connection).items()}
-    first.lease = timedelta(seconds=30)
     first.renew()
     after = {user: row["lease_expires_at"] for user, row in progress(connection).items()}
     assert after[A] > before[A]
@@ -664,7 +688,7 @@ def test_the_limit_is_not_noted_under_an_old_token(connection, worker):
     begins = START + 10 * DAY
     assert keep_page(
         connection,
-        page(late, (START_MS, END_MS), history_from=round(begins.timestamp() * 1000)),
+        page(late, (START_MS, END_MS), doubtful=(START_MS, round(begins.timestamp() * 1000))),
         lasts=DAY,
     )
     connection.execute(
@@ -675,8 +699,10 @@ def test_the_limit_is_not_noted_under_an_old_token(connection, worker):
     expire(connection, A)
     (new,) = worker().claim(1)
     before = progress(connection)
+    decide(connection, late)
     assert finish(connection, late) is None
     assert progress(connection) == before
+    decide(connection, new)
     assert finish(connection, new) == "truncated"
 
 
@@ -741,16 +767,6 @@ def test_finishing_early_leaves_the_rest_pending(connection, worker):
     assert (row["lease_token"], row["completed"]) == (None, False)
 
 
-def test_the_oldest_fill_and_the_beginning_of_the_history_only_go_back(connection, worker):
-    enlist(connection, [A])
-    (lease,) = worker().claim(1)
-    for history in (None, START_MS + 500, START_MS + 300, START_MS + 900, None):
-        assert keep_page(connection, page(lease, (START_MS, START_MS), history_from=history), lasts=DAY)
-    (row,) = progress(connection).values()
-    assert row["history_from"] == START + timedelta(milliseconds=300)
-    assert row["coverage_from"] is None
-
-
 # By the number of fills since the oldest one that the API served: whether the history is cut off there.
 NEAR = {9_799: "complete", 9_800: "truncated", 10_000: "truncated", 10_200: "truncated", 10_201: "complete"}
 
@@ -772,7 +788,10 @@ def test_a_history_of_just_the_limit_is_cut_off_where_it_begins(connection, work
             {"user": user, "begins": begins, "number": number},
         )
     for lease in worker().claim(5):
-        assert keep_page(connection, page(lease, (START_MS, END_MS), history_from=begins_ms), lasts=DAY)
+        assert keep_page(
+            connection, page(lease, (START_MS, END_MS), doubtful=(START_MS, begins_ms)), lasts=DAY
+        )
+        decide(connection, lease)
         state = finish(connection, lease)
         row = progress(connection)[lease.user]
         assert state == row["state"] == NEAR[users[lease.user]], users[lease.user]
@@ -781,15 +800,78 @@ def test_a_history_of_just_the_limit_is_cut_off_where_it_begins(connection, work
         assert spans(row["covered"]) == [(begins_ms if cut else START_MS, END_MS)]
 
 
-def test_a_limit_before_the_window_cuts_nothing_off(connection, worker):
-    enlist(connection, [A, B])
-    for user in (A, B):
-        connection.execute(
-            "insert into fills (user_address, coin, tid, oid, side, time, px, sz, source)"
-            " select %s, 'BTC', n, 1, 'A', %s + n * interval '1 minute', 1, 1, 'api' from generate_series(0, 9999) n",
-            (user, START - DAY if user == A else START),
-        )
-    for lease in worker().claim(2):
-        history = START_MS - DAY_MS if lease.user == A else START_MS
-        assert keep_page(connection, page(lease, (START_MS, END_MS), history_from=history), lasts=DAY)
-        assert finish(connection, lease) == "complete"
+def fills_since(connection, user, begins, number):
+    connection.execute(
+        "insert into fills (user_address, coin, tid, oid, side, time, px, sz, source)"
+        " select %s, '@107', n, 1, 'A', %s + n * interval '1 minute', 1, 1, 'api' from generate_series(0, %s - 1) n",
+        (user, begins, number),
+    )
+
+
+def walk_doubtful(connection, worker, until, history):
+    """Ask for more of wallet A, up to a time, of which one page comes whose oldest fill is the oldest served."""
+    asking = worker(users=[A])
+    asking.want(Window(START, until))
+    (lease,) = asking.claim(1)
+    ((begins, ends),) = lease.fills
+    told = page(lease, (begins, ends), doubtful=(begins, to_ms(history)) if history else None)
+    assert keep_page(connection, told, lasts=DAY)
+    decide(connection, lease)
+    return finish(connection, lease)
+
+
+def to_ms(moment):
+    return round(moment.timestamp() * 1000)
+
+
+def test_a_limit_that_moved_on_between_two_windows_cuts_off_both_times(connection, worker):
+    first, second, later = START + 20 * DAY, END + 50 * DAY, END + 120 * DAY
+    fills_since(connection, A, first, 10_000)
+    assert walk_doubtful(connection, worker, END, first) == "truncated"
+    fills_since(connection, A, second, 10_000)
+    assert walk_doubtful(connection, worker, later, second) == "truncated"
+    row = progress(connection)[A]
+    assert spans(row["cut_off"]) == [(START_MS, to_ms(first)), (END_MS, to_ms(second))]
+    assert spans(row["covered"]) == [(to_ms(first), END_MS), (to_ms(second), to_ms(later))]
+    assert spans(row["doubtful"]) == []
+
+
+def test_a_limit_in_a_later_window_takes_nothing_from_what_was_covered(connection, worker):
+    second, later = END + 50 * DAY, END + 120 * DAY
+    fills_since(connection, A, START + 20 * DAY, 300)
+    assert walk_doubtful(connection, worker, END, None) == "complete"
+    fills_since(connection, A, second, 10_000)
+    assert walk_doubtful(connection, worker, later, second) == "truncated"
+    row = progress(connection)[A]
+    assert spans(row["cut_off"]) == [(END_MS, to_ms(second))]
+    assert spans(row["covered"]) == [(START_MS, END_MS), (to_ms(second), to_ms(later))]
+
+
+def test_counting_locks_few_partitions_at_a_time(connection, worker, database):
+    """A server has some thousand locks for all of its connections."""
+    first = START.replace(hour=0)
+    maintain.cover(connection, "fills", [first + number * DAY for number in range(200)])
+    enlist(connection, [A])
+    (lease,) = worker().claim(1)
+    assert keep_page(
+        connection, page(lease, (START_MS, END_MS), doubtful=(START_MS, START_MS + DAY_MS)), lasts=DAY
+    )
+    with psycopg.connect(database) as other, psycopg.connect(database, autocommit=True) as counting:
+        partition = f"fills_p{first + 160 * DAY:%Y%m%d}"
+        other.execute(f"lock table {partition} in access exclusive mode")
+        with ThreadPoolExecutor(1) as pool:
+            deciding = pool.submit(decide, counting, lease)
+            held = "select count(*), bool_and(granted) from pg_locks where pid = %s and locktype = 'relation'"
+
+            def waits():
+                locks, all_granted = connection.execute(held, (counting.info.backend_pid,)).fetchone()
+                return locks if locks and not all_granted else None
+
+            locks = until(waits, "the partition that is locked")
+            other.rollback()
+            deciding.result(60)
+    (indexes,) = connection.execute(
+        "select count(*) from pg_index where indrelid = %s::regclass", (partition,)
+    ).fetchone()
+    assert locks <= 32 * (1 + indexes) + 10
+    assert spans(progress(connection)[A]["doubtful"]) == []

@@ -331,13 +331,12 @@ def test_slices_error_and_numbers_are_told_as_stored(connection, read):
         pages=3,
         attempts=7,
         oldest_fill_time=1,
-        history_from=DAY,
         completed_at=DAY,
     )
     (only,) = read()[2]
     assert only.slices == [Range("2026-11-08T12:00:01Z", "2026-11-21T00:00:00Z")]
     assert (only.pages, only.attempts, only.oldest_fill_time) == (3, 7, 1)
-    assert only.history_from == only.completed_at == "2025-09-14T00:00:00Z"
+    assert only.completed_at == "2025-09-14T00:00:00Z"
     assert only.error == "a \x1b[31mred\ttext\nof two lines"
 
 

@@ -264,11 +264,11 @@ def check_fills(where: World, walked: list[Walked], served: list[dict[str, Any]]
 
 
 def check_lost(where: World, pages: list[Page], served: list[dict[str, Any]]) -> None:
-    """What the source serves no more is told: as a range, or, where no position gives it away, by history_from."""
+    """What the source serves no more is told: as a range, or, where no position gives it away, as a doubtful one."""
     kept = {id(event) for event in served}
     lost = [event for event in where.wanted if id(event) not in kept]
     oldest = min((event["time"] for event in served), default=None)
-    told = [page.history_from for page in pages if page.history_from is not None]
+    told = [page.doubtful for page in pages if page.doubtful]
     # The page that shows what was held at the limit; of a source that serves the newest first it may be one fill.
     shown = [event for event in served if event["time"] >= where.start][: where.source.page_size]
     if where.source.newest_first:
@@ -280,7 +280,7 @@ def check_lost(where: World, pages: list[Page], served: list[dict[str, Any]]) ->
         # Of a millisecond that the limit cuts in two nobody can tell that there was more.
         if event["time"] != oldest and not is_cut(pages, event["time"]):
             assert not given_away
-            assert any(event["time"] < each for each in told)
+            assert any(begins <= event["time"] < ends for begins, ends in told)
     # Of a source that serves the newest first a burst may begin the page, and not show what was held before it.
     if where.source.keeps is None and not where.source.newest_first:
         times = Counter(event["time"] for event in where.wanted)
@@ -339,12 +339,12 @@ def test_fills_that_leave_the_history_meanwhile_are_told_as_cut_off(rng, is_brok
         came = Counter(text(event) for page in pages for event in page.events)
         pages_of = Counter(time for page in pages for time in {event["time"] for event in page.events})
         assert set(pages_of.values()) <= {1}
-        told = [page.history_from for page in pages if page.history_from is not None]
+        told = [page.doubtful for page in pages if page.doubtful]
         for event in where.wanted:
             # The limit may cut a millisecond in two.
             is_known = event["time"] in pages_of or is_cut(pages, event["time"])
             if not is_known:
-                assert any(event["time"] < each for each in told)
+                assert any(begins <= event["time"] < ends for begins, ends in told)
             left_meanwhile += not came[text(event)] and event["time"] > before[0]["time"]
         assert set(came) <= {text(event) for event in where.wanted}
     assert left_meanwhile > 50
@@ -387,27 +387,28 @@ def test_the_first_question_has_no_end_and_later_ones_do():
 def test_a_page_that_is_not_full_is_the_only_one(begins, last):
     source = Source(at(1, 8, 9), 3)
     [page] = told(source, 1, 9, begins, size=4)
-    assert (page.covered, page.cut_off, page.history_from) == ((1, 9), None, None)
+    assert (page.covered, page.cut_off, page.doubtful) == ((1, 9), None, None)
     assert [event["time"] for event in page.events] == [1, 8]
     assert source.asked == [(1, last, False)]
 
 
 def test_a_history_that_begins_amid_a_position_is_cut_off_before():
     pages = told(Source(at(*range(100)), 3, keeps=10), 0, 100)
-    assert (pages[0].cut_off, pages[0].covered, pages[0].history_from) == ((0, 90), (90, 92), 90)
+    assert (pages[0].cut_off, pages[0].covered) == ((0, 90), (90, 92))
     assert all(page.cut_off is None for page in pages[1:])
+    assert all(page.doubtful is None for page in pages)
 
 
 def test_a_history_that_begins_from_nothing_tells_where():
     fills = at(*range(90), coin="@107") + at(*range(90, 100))
     pages = told(Source(fills, 3, keeps=10), 0, 100)
-    assert (pages[0].cut_off, pages[0].covered, pages[0].history_from) == (None, (0, 92), 90)
-    assert [page.history_from for page in pages[1:]] == [None] * len(pages[1:])
+    assert (pages[0].cut_off, pages[0].covered, pages[0].doubtful) == (None, (0, 92), (0, 90))
+    assert all(page.doubtful is None for page in pages[1:])
 
 
 def test_a_range_that_begins_amid_the_history_is_not_cut_off():
     pages = told(Source(at(*range(100)), 3), 50, 60)
-    assert all((page.cut_off, page.history_from) == (None, None) for page in pages)
+    assert all((page.cut_off, page.doubtful) == (None, None) for page in pages)
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
@@ -561,7 +562,7 @@ def test_a_balance_that_was_there_before_says_nothing():
     names = ("@107", "PURR/USDC", "#1890", "+3")
     fills = [fill | {"coin": names[ix % 4], "startPosition": "5.0"} for ix, fill in enumerate(at(*range(20)))]
     pages = told(Source(fills, 3, keeps=10), 0, 20)
-    assert (pages[0].cut_off, pages[0].history_from) == (None, 10)
+    assert (pages[0].cut_off, pages[0].doubtful) == (None, (0, 10))
 
 
 @pytest.mark.parametrize("time", [10**30, 10**15, -(10**30)])
