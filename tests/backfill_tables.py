@@ -64,6 +64,7 @@ class World(UserFills):
     def __init__(self, seed, **more):
         super().__init__(seed, **more)
         self.asked = []
+        self.before_answer = None
         self._asking = threading.Lock()
 
     def info_handlers(self, clock_ms):
@@ -80,6 +81,8 @@ class World(UserFills):
             )
             with self._asking:
                 self.asked.append(asked)
+            if self.before_answer:
+                self.before_answer()
             return handle(request)
 
         return answer
@@ -129,8 +132,10 @@ def tells_of_older(page):
     first = {}
     for row in page:
         first.setdefault(row["coin"], row["startPosition"])
-    perpetuals = {coin: held for coin, held in first.items() if not coin.startswith("@") and "/" not in coin}
-    return any(Decimal(held) != 0 for held in perpetuals.values())
+    spot = ("@", "#", "+")
+    return any(
+        Decimal(held) != 0 for coin, held in first.items() if not coin.startswith(spot) and "/" not in coin
+    )
 
 
 def within(served, since_ms, until_ms):

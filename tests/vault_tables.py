@@ -7,6 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from psycopg import sql
+from waiting import until
 
 from hlcli.sim.wire import encode
 
@@ -35,6 +36,15 @@ def dump(connection, table, without=CLOCK):
     query = sql.SQL("select {} from {}").format(columns, sql.Identifier(*table.split(".")))
     rows = [dict(zip(names, row, strict=True)) for row in connection.execute(query)]
     return sorted(rows, key=lambda row: [value or "" for value in row.values()])
+
+
+def all_tables(connection):
+    """The names of all tables, but for temporary ones, of sessions that may be ending."""
+    names = connection.execute(
+        "select format('%I.%I', schemaname, tablename) from pg_tables"
+        " where schemaname <> 'information_schema' and schemaname not like 'pg\\_%' order by 1"
+    )
+    return [name for (name,) in names]
 
 
 def by_address(rows):
@@ -74,7 +84,9 @@ def assert_nothing_left(connection):
         "select count(*) from pg_locks where locktype = 'advisory'"
         " and database = (select oid from pg_database where datname = current_database())"
     ).fetchone() == (0,)
-    assert connection.execute("select relname from pg_class where relpersistence = 't'").fetchall() == []
+    # A server clears a session away after its client has gone.
+    temporary = "select relname from pg_class where relpersistence = 't'"
+    until(lambda: connection.execute(temporary).fetchall() == [], "the end of temporary tables")
     assert connection.execute("select run_id from ingestion_runs where status = 'running'").fetchall() == []
 
 

@@ -12,7 +12,7 @@ import pytest
 from backfill_tables import PLENTY, SERVER_WEIGHT
 from test_cli import NOWHERE, on_terminal
 from typer.testing import CliRunner
-from vault_tables import dump, runs
+from vault_tables import all_tables, dump, runs
 from wallet_tables import watch
 
 from hlcli import logs
@@ -230,11 +230,7 @@ def test_the_help_tells_every_option(call):
 
 def everything(connection):
     """All tables as text."""
-    tables = connection.execute(
-        "select format('%I.%I', schemaname, tablename) from pg_tables"
-        " where schemaname not in ('pg_catalog', 'information_schema') order by 1"
-    ).fetchall()
-    return {table: dump(connection, table, ()) for (table,) in tables}
+    return {table: dump(connection, table, ()) for table in all_tables(connection)}
 
 
 def enlist(connection, users, state="pending", covered="{}", **columns):
