@@ -57,6 +57,7 @@ class Walkers:
         self.ended_by: str | None = None
         """What bound the run, where something did."""
         self._claiming = threading.Lock()
+        self._longest = {user_fills.FILLS: user_fills.Longest(), user_fills.SLICES: user_fills.Longest()}
         self._threads = [self._thread(self._walk_wallets) for _ in range(concurrency)]
 
     def __enter__(self) -> Self:
@@ -164,7 +165,9 @@ class Walkers:
                 spent=spent.append,
             )
             for start, end in ranges:
-                found = user_fills.pages(ask, start, end, begins, page_size=self._page_size)
+                found = user_fills.pages(
+                    ask, start, end, begins, page_size=self._page_size, longest=self._longest[kind]
+                )
                 for number, page in enumerate(found, 1):
                     if number % MANY_PAGES == 0:
                         log.warning("%s: %d pages so far", lease.user, number)

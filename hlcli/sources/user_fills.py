@@ -64,6 +64,13 @@ class Page:
     be told, as there is more than a page since then and nothing is known to be older."""
 
 
+@dataclass(slots=True)
+class Longest:
+    """The most fills that an answer had so far: fewer than that are no full page, whatever the source's limit is now."""
+
+    fills: int = 0
+
+
 class Ask(Protocol):
     """Asks for one page: the fills from `start` to `last`, both inclusive, or without an end."""
 
@@ -102,12 +109,23 @@ def rows(user: str, events: list[Any]) -> files.Rows | None:
     return next(fills.read([files.Batch(elements=events)], user=user), None) if events else None
 
 
-def pages(ask: Ask, start: int, end: int, begins: Start, *, page_size: int = PAGE_SIZE) -> Iterator[Page]:
+def pages(
+    ask: Ask,
+    start: int,
+    end: int,
+    begins: Start,
+    *,
+    page_size: int = PAGE_SIZE,
+    longest: Longest | None = None,
+) -> Iterator[Page]:
     """All fills of [start, end), in pages whose ranges together are [start, end).
 
     Where nothing is known of the start the first question has no end: an answer that is not full then proves that
     nothing is cut off. Of a full page the last millisecond is asked for once more and left to the next page, so each
     millisecond comes from one answer. Pages that come newest first are walked from their other end.
+
+    With `longest`, which walks share, one more question tells of an answer that is longer than all before whether it
+    is the last one: should the source's pages hold less than `page_size`, nothing is lost.
 
     Raises BadPayloadError for an answer that cannot be one, and what `ask` raises.
     """
@@ -121,6 +139,10 @@ def pages(ask: Ask, start: int, end: int, begins: Start, *, page_size: int = PAG
         answer = _read(
             ask(part.start, None if unended else part.end - 1), part, page_size, falls, unended=unended
         )
+        if longest is not None and len(answer.events) >= max(longest.fills, 1):
+            longest.fills = len(answer.events)
+            if not answer.full and _goes_on(ask, part, answer, page_size):
+                answer = answer._replace(full=True)
         low, high = answer.low, answer.high
         if answer.full and answer.descending and not falls and high is not None and high + 1 < part.end:
             # Or it is the oldest of them, turned round, and what is newer would never be asked for.
@@ -274,6 +296,24 @@ def _millisecond(ask: Ask, head: _Answer, time: int) -> Page:
 def _is_empty(ask: Ask, part: _Part, page_size: int) -> bool:
     """Whether the source has nothing after the part either."""
     return _read(ask(part.start, None), part, page_size, unended=True).low is None
+
+
+def _goes_on(ask: Ask, part: _Part, answer: _Answer, page_size: int) -> bool:
+    """Whether the source has more of the part than it served, though that was less than a page."""
+    low, high = answer.low, answer.high
+    if low is None or high is None:
+        return False
+    # Of a single millisecond nobody knows from which end it was served.
+    sides = [
+        _Part(part.start, low + 1, Start.PLAIN) if answer.descending or low == high else None,
+        _Part(high, part.end, Start.PLAIN) if not answer.descending else None,
+    ]
+    for side, edge in zip(sides, (low, high), strict=True):
+        if side is not None and side.start < side.end:
+            rest = _read(ask(side.start, side.end - 1), side, page_size, answer.descending, unended=False)
+            if len(rest.times) > answer.times.count(edge):
+                return True
+    return False
 
 
 def _history(ask: Ask, part: _Part, oldest: _Answer) -> tuple[int | None, int | None]:

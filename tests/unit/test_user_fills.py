@@ -311,6 +311,27 @@ def test_every_fill_comes_once_and_every_range_is_told(rng, way):
 
 
 @pytest.mark.parametrize("way", ["oldest first", "newest first"])
+def test_a_source_whose_pages_are_smaller_than_known_loses_nothing(rng, way):
+    smaller = 0
+    for _ in range(WORLDS // 2):
+        size = rng.randint(2, 9)
+        groups = [rng.choice((1, 1, rng.randint(1, size - 1))) for _ in range(rng.randint(0, 40))]
+        times = [1000 + 3 * place for place, group in enumerate(groups) for _ in range(group)]
+        source = Source(trades(rng, times), size, newest_first=way == "newest first")
+        longest = user_fills.Longest()
+        for start, end in ((1000, 1060), (1060, 1200)):
+            pages = list(user_fills.pages(source, start, end, Start.UNKNOWN, page_size=1000, longest=longest))
+            check_sides(start, end, pages)
+            assert not any(page.cut_off for page in pages)
+            came = [text(event) for page in pages for event in page.events]
+            assert sorted(came) == sorted(
+                text(event) for event in source.fills if start <= event["time"] < end
+            )
+            smaller += len(came) > size
+    assert smaller > WORLDS // 4
+
+
+@pytest.mark.parametrize("way", ["oldest first", "newest first"])
 def test_a_walk_that_is_broken_off_anywhere_goes_on_from_the_ranges(rng, way):
     for _ in range(WORLDS // 2):
         where = world(rng, newest_first=way == "newest first")
