@@ -21,6 +21,7 @@ create table backfill_progress (
     coverage_from    timestamptz generated always as (lower(covered)) stored,
     coverage_to      timestamptz generated always as (upper(covered)) stored,
     doubtful         tstzmultirange not null default '{}',
+    doubtful_at      timestamptz,
     completed        boolean not null generated always as (state = 'complete') stored,
     started_at       timestamptz,
     completed_at     timestamptz,
@@ -56,7 +57,8 @@ comment on column backfill_progress.cut_off is 'wanted times that the API''s own
 comment on column backfill_progress.slices_covered is 'as covered, of the endpoint of TWAP slices, which keeps some two weeks only';
 comment on column backfill_progress.coverage_from is 'where covered begins, as coverage_to is where it ends';
 comment on column backfill_progress.doubtful is
-    'covered times before the oldest fill that the API served: when nothing is left to ask, the number of fills since then tells whether its limit has cut them off';
+    'times before the oldest fill that the API served: when nothing is left to ask, it is decided whether its limit has cut them off, or they are covered';
+comment on column backfill_progress.doubtful_at is 'when the first of them were asked for';
 comment on column backfill_progress.completed is 'never true of a truncated wallet';
 comment on column backfill_progress.completed_at is 'when it was last done, complete or truncated';
 comment on column backfill_progress.fills_count is

@@ -99,16 +99,18 @@ class World(UserFills):
         """What the tables hold of a window when all was asked, and in which states a wallet may be then.
 
         Where slices of a TWAP are not served any more positions do not add up, just as behind a limit: who sees that
-        may well say truncated.
+        may well say truncated. The first page may reach beyond the window.
         """
         rows, states = [], {}
         for user in self.addresses if users is None else users:
-            served = within(self.served_of(user, now_ms), since_ms, until_ms)
+            later = within(self.served_of(user, now_ms), since_ms, now_ms + 1)
+            served = within(later, since_ms, until_ms)
+            seen_ms = max([until_ms, *(row["time"] + 1 for row in later[: self.page_limit])])
             rows += fills_rows(served)
             if len(within(self._unlimited(user, now_ms), since_ms, until_ms)) > len(served):
                 is_told = tells_of_older(served[: self.page_limit])
                 states[user] = {"truncated"} if is_told else {"truncated", "complete"}
-            elif len(within(self.fills_of(user), LAUNCH_MS, until_ms)) > len(served):
+            elif len(within(self.fills_of(user), LAUNCH_MS, seen_ms)) > len(within(later, since_ms, seen_ms)):
                 states[user] = {"complete", "truncated"}
             else:
                 states[user] = {"complete"}

@@ -196,11 +196,12 @@ class Queue:
 
 
 def past(connection: Connection[Any], window: Window) -> Window:
-    """The part of a window that lies in the past by the database's clock, in whole milliseconds."""
+    """The part of a window that lies in the past by the database's clock, up to a whole minute, in whole milliseconds."""
     (now,) = _row(connection.execute("select hlcli_now()").fetchone())
+    latest = (now - YOUNGEST).replace(second=0, microsecond=0)
     since, until = (
         each.replace(microsecond=each.microsecond // 1000 * 1000)
-        for each in (window.since, min(window.until, now - YOUNGEST))
+        for each in (window.since, min(window.until, latest))
     )
     if since >= until:
         raise UsageError(f"{since:%Y-%m-%d %H:%M}Z lies in the future: there are no fills since then")
@@ -258,20 +259,24 @@ def keep_page(connection: Connection[Any], page: Fetched, *, lasts: timedelta) -
 def decide(connection: Connection[Any], lease: Lease) -> None:
     """Find out whether what is doubtful of a wallet was cut off, when all that it is served is stored.
 
-    Where the number of fills since the oldest one is just the source's limit, that one is where the history is cut
-    off, though nothing else shows it; else the wallet began there. Needs autocommit.
+    It was where an older fill had been served before. Where the number of fills since the oldest one, up to when that
+    was served or up to now, is just the source's limit, that one is where the history is cut off, though nothing else
+    shows it. Else the wallet began there. Needs autocommit.
     """
     values = {"user": lease.user, "token": lease.token}
     row = connection.execute(query("backfill", "doubtful"), values).fetchone()
     if row is None:
         return
-    doubtful, now = row
-    cut_off = [
-        each
-        for each in doubtful
-        if abs(_count_fills(connection, lease.user, each.upper, now) - HISTORY_LIMIT) <= NEAR_LIMIT
-    ]
-    connection.execute(query("backfill", "decide"), {**values, "cut_off": TimestamptzMultirange(cut_off)})
+    doubtful, oldest, *moments = row
+
+    def is_cut_off(history_from: datetime) -> bool:
+        if oldest is not None and oldest < history_from:
+            return True
+        counts = (_count_fills(connection, lease.user, history_from, until) for until in moments)
+        return any(abs(count - HISTORY_LIMIT) <= NEAR_LIMIT for count in counts)
+
+    cut_off = TimestamptzMultirange([each for each in doubtful if is_cut_off(each.upper)])
+    connection.execute(query("backfill", "decide"), {**values, "cut_off": cut_off})
 
 
 def _count_fills(connection: Connection[Any], user: str, since: datetime, until: datetime) -> int:

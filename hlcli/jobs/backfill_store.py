@@ -102,6 +102,11 @@ class Store:
         self.fills = 0
         """Rows served."""
 
+    @property
+    def has_any(self) -> bool:
+        """Whether anything that was answered is stored."""
+        return self.fills > 0 or self.states.total() > 0
+
     def keep(self, items: list[Item]) -> bool:
         """Commit what came, and say whether one wallet after the other fails, so that the others are tried in vain.
 
@@ -110,7 +115,7 @@ class Store:
         walked = [item for item in items if isinstance(item, Walked)]
         is_outage = self._keep([item for item in items if not isinstance(item, Walked)])
         for item in walked:
-            decide(self._connection, item.lease)
+            persist(partial(decide, self._connection, item.lease), "what is doubtful of a wallet")
         return self._keep(walked) or is_outage
 
     def _keep(self, items: Sequence[Item]) -> bool:

@@ -60,8 +60,8 @@ class Page:
     cut_off: Range | None = None
     """The source has had fills of this range, or seems to, and does not serve them any more."""
     doubtful: Range | None = None
-    """Of what is covered, up to the oldest fill served: whether there were others, which are not served any more, cannot
-    be told, as there is more than a page since then and nothing is known to be older."""
+    """Up to the oldest fill served: whether there were others, which are not served any more, cannot be told, as there
+    is more than a page since then and nothing is known to be older."""
 
 
 @dataclass(slots=True)
@@ -303,13 +303,17 @@ def _goes_on(ask: Ask, part: _Part, answer: _Answer, page_size: int) -> bool:
     low, high = answer.low, answer.high
     if low is None or high is None:
         return False
+    newer, older = _Part(high, part.end, Start.PLAIN), _Part(part.start, low + 1, Start.PLAIN)
     # Of a single millisecond nobody knows from which end it was served.
-    sides = [
-        _Part(part.start, low + 1, Start.PLAIN) if answer.descending or low == high else None,
-        _Part(high, part.end, Start.PLAIN) if not answer.descending else None,
-    ]
-    for side, edge in zip(sides, (low, high), strict=True):
-        if side is not None and side.start < side.end:
+    sides = (
+        [(older, low)]
+        if answer.descending
+        else [(newer, high), (older, low)]
+        if low == high
+        else [(newer, high)]
+    )
+    for side, edge in sides:
+        if side.start < side.end:
             rest = _read(ask(side.start, side.end - 1), side, page_size, answer.descending, unended=False)
             if len(rest.times) > answer.times.count(edge):
                 return True
@@ -326,7 +330,10 @@ def _history(ask: Ask, part: _Part, oldest: _Answer) -> tuple[int | None, int | 
         and _read(ask(BEGINNING, part.start - 1), older, 1, unended=False).times
     ):
         return None, None
-    return (None, oldest.low) if from_nothing else (oldest.low, None)
+    low = oldest.low
+    if low is not None and oldest.descending:
+        low = min(low, part.end)  # what lies between them is still to be asked for
+    return (None, low) if from_nothing else (low, None)
 
 
 def _from_nothing(events: list[Any]) -> bool:

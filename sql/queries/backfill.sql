@@ -92,7 +92,7 @@ set state = 'running', lease_owner = %(owner)s, lease_token = gen_random_uuid(),
     lease_expires_at = clock_timestamp() + %(lease)s, attempts = p.attempts + 1,
     started_at = coalesce(p.started_at, clock_timestamp()), error = null, updated_at = clock_timestamp()
 from free where p.user_address = free.user_address
-returning p.user_address, p.lease_token, backfill_todo(p.wanted_from, p.wanted_to, p.covered, p.cut_off),
+returning p.user_address, p.lease_token, backfill_todo(p.wanted_from, p.wanted_to, p.covered + p.doubtful, p.cut_off),
           backfill_todo_slices(p.wanted_from, p.wanted_to, p.slices_covered)
 
 -- name: renew
@@ -104,16 +104,18 @@ where user_address in (
 
 -- name: keep_page
 update backfill_progress
-set covered = covered + %(covered)s, cut_off = cut_off + %(cut_off)s,
+set covered = covered + (%(covered)s - %(doubtful)s), cut_off = cut_off + %(cut_off)s,
     slices_covered = slices_covered + %(slices_covered)s,
-    doubtful = doubtful + %(doubtful)s, pages = pages + 1, weight = weight + %(weight)s,
+    doubtful = doubtful + %(doubtful)s,
+    doubtful_at = case when isempty(%(doubtful)s) then doubtful_at else coalesce(doubtful_at, hlcli_now()) end,
+    pages = pages + 1, weight = weight + %(weight)s,
     fills_count = fills_count + %(fills)s, oldest_fill_time = least(oldest_fill_time, %(oldest)s),
     attempts = 0, lease_expires_at = clock_timestamp() + %(lease)s, updated_at = clock_timestamp()
 where user_address = %(user)s and lease_token = %(token)s and lease_expires_at > clock_timestamp()
 returning true
 
 -- name: doubtful
-select doubtful, hlcli_now() from backfill_progress
+select doubtful, 'epoch'::timestamptz + oldest_fill_time * interval '1 ms', doubtful_at, hlcli_now() from backfill_progress
 where user_address = %(user)s and lease_token = %(token)s and not isempty(doubtful)
 
 -- By itself, as `fills` may be distributed.
@@ -122,7 +124,9 @@ select count(*) from (
     select from fills where user_address = %(user)s and time >= %(since)s and time < %(until)s limit %(most)s) found
 
 -- name: decide
-update backfill_progress set covered = covered - %(cut_off)s, cut_off = cut_off + %(cut_off)s, doubtful = '{}'
+update backfill_progress
+set covered = covered + (doubtful - %(cut_off)s), cut_off = cut_off + (%(cut_off)s - covered),
+    doubtful = '{}', doubtful_at = null
 where user_address = %(user)s and lease_token = %(token)s
 
 -- name: finish
@@ -204,7 +208,10 @@ insert into backfill_chosen select wallet.user_address from ({wallets}) wallet (
 
 -- name: count_todo
 select count(*) from backfill_chosen c left join backfill_progress p on p.user_address = c.user_address
-where not tstzmultirange(tstzrange(%(since)s, %(until)s))
+cross join lateral (select not %(named)s and coalesce(p.state in ('pending', 'running'), false) as is_kept) wider
+where not tstzmultirange(tstzrange(
+          case when is_kept then least(p.wanted_from, %(since)s) else %(since)s end,
+          case when is_kept then greatest(p.wanted_to, %(until)s) else %(until)s end))
     <@ (coalesce(p.covered, '{}'::tstzmultirange) + coalesce(p.cut_off, '{}'::tstzmultirange))
   and (%(shard)s::integer is null or backfill_shard(c.user_address, %(workers)s) = %(shard)s)
 

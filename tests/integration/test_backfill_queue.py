@@ -847,6 +847,66 @@ def test_a_limit_in_a_later_window_takes_nothing_from_what_was_covered(connectio
     assert spans(row["covered"]) == [(START_MS, END_MS), (to_ms(second), to_ms(later))]
 
 
+def test_a_limit_that_passed_what_was_covered_takes_nothing_from_it(connection, worker):
+    """The oldest fill that is served lies beyond the covered range, which is older than it and newer than the part."""
+    third = END + 50 * DAY
+    fills_since(connection, A, START + 20 * DAY, 300)
+    enlist(connection, [A])
+    (lease,) = worker().claim(1)
+    oldest = to_ms(START + 20 * DAY)
+    assert keep_page(connection, page(lease, (START_MS, END_MS), fills=300), lasts=DAY)
+    connection.execute("update backfill_progress set oldest_fill_time = %s", (oldest,))
+    assert finish(connection, lease) == "complete"
+    fills_since(connection, A, third, 50)
+    asking = worker(users=[A])
+    asking.want(Window(START - 30 * DAY, END + 120 * DAY))
+    (lease,) = asking.claim(1)
+    for begins, ends in lease.fills:
+        assert keep_page(connection, page(lease, (begins, ends), doubtful=(begins, to_ms(third))), lasts=DAY)
+    # Until that is decided none of it is covered.
+    assert spans(progress(connection)[A]["covered"]) == [
+        (START_MS, END_MS),
+        (to_ms(third), to_ms(END + 120 * DAY)),
+    ]
+    decide(connection, lease)
+    assert finish(connection, lease) == "truncated"
+    row = progress(connection)[A]
+    assert spans(row["cut_off"]) == [(to_ms(START - 30 * DAY), START_MS), (END_MS, to_ms(third))]
+    assert spans(row["covered"]) == [(START_MS, END_MS), (to_ms(third), to_ms(END + 120 * DAY))]
+    assert (row["doubtful_at"], spans(row["doubtful"])) == (None, [])
+
+
+def test_fills_that_came_after_the_doubt_arose_do_not_settle_it(connection, worker):
+    history = START + 20 * DAY
+    fills_since(connection, A, history, 10_000)
+    enlist(connection, [A])
+    (lease,) = worker().claim(1)
+    told = page(lease, (START_MS, END_MS - DAY_MS), doubtful=(START_MS, to_ms(history)))
+    assert keep_page(connection, told, lasts=DAY)
+    # Half a year later the rest is asked for, and much has come meanwhile.
+    connection.execute("update backfill_progress set doubtful_at = %s", (END - DAY,))
+    fills_since(connection, A, END - DAY, 1_000)
+    expire(connection, A)
+    (lease,) = worker().claim(1)
+    # It is not asked for again.
+    assert lease.fills == [(END_MS - DAY_MS, END_MS)]
+    assert keep_page(connection, page(lease, *lease.fills), lasts=DAY)
+    decide(connection, lease)
+    assert finish(connection, lease) == "truncated"
+    row = progress(connection)[A]
+    assert spans(row["cut_off"]) == [(START_MS, to_ms(history))]
+    assert spans(row["covered"]) == [(to_ms(history), END_MS)]
+
+
+def test_what_is_not_decided_is_not_done(connection, worker):
+    enlist(connection, [A])
+    (lease,) = worker().claim(1)
+    assert keep_page(
+        connection, page(lease, (START_MS, END_MS), doubtful=(START_MS, START_MS + 5)), lasts=DAY
+    )
+    assert finish(connection, lease) == "pending"
+
+
 def test_counting_locks_few_partitions_at_a_time(connection, worker, database):
     """A server has some thousand locks for all of its connections."""
     first = START.replace(hour=0)
