@@ -125,11 +125,14 @@ covers, so a run that ends goes on where it was. Workers with other addresses sh
 def _users_of(path: Path) -> set[str]:
     """The addresses in a file: one a line, the first field of it; empty lines and # are left out."""
     try:
-        if path.stat().st_size > MAX_USERS_FILE:
+        with path.open("rb") as file:
+            body = file.read(MAX_USERS_FILE + 1)
+        if len(body) > MAX_USERS_FILE:
             raise typer.BadParameter(f"--users-file: {path} is larger than {MAX_USERS_FILE >> 20} MB")
-        text = path.read_text("utf-8-sig")
+        text = body.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"--users-file: cannot read {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise typer.BadParameter(f"--users-file: cannot read {path}: {reason}") from None
     users = set()
     for number, line in enumerate(text.splitlines(), 1):
         first = line.split("#")[0].replace(",", " ").split()[:1]

@@ -168,7 +168,7 @@ def fleet_line(found: Fleet) -> str:
     states = found.states
     told = [f"{states[name]:,} {name}" for name in ("complete", "truncated", "failed") if states.get(name)]
     working = sum(each.state == "working" for each in found.members)
-    left = "none left" if found.wallets else "run `hlcli universe refresh` or `hlcli fills sync` first"
+    left = "none left" if found.wallets else "`hlcli backfill` begins with all wallets that are known"
     if found.left:
         left = f"{found.left:,} left, {working} worker{'s' * (working != 1)}"
     if found.left and found.seconds_left is not None:

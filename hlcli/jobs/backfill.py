@@ -18,12 +18,13 @@ from psycopg import errors
 
 from hlcli import migrations, output
 from hlcli.exitcodes import TemporaryError, UsageError, stopped_by, undisturbed
+from hlcli.http import SourceError
 from hlcli.jobs import Job, Report, run_job
 from hlcli.jobs.backfill_queue import Queue, Shard, Window
 from hlcli.jobs.backfill_store import Store
 from hlcli.jobs.backfill_walk import Walkers
 from hlcli.ledger import Channel
-from hlcli.logs import log
+from hlcli.logs import log, one_line
 from hlcli.sources import info, user_fills
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def _walk(job: Job, client: HttpClient, queue: Queue, options: Options) -> bool:
                 _give_back(walkers, queue)
             with suppress(psycopg.Error, TemporaryError):
                 _sum_up(job, queue, store, walkers)
+    if isinstance(walkers.ended_by, SourceError) and not store.has_any:
+        raise walkers.ended_by
     return walkers.ended_by is None and options.limit is None and not queue.has_left()
 
 
@@ -163,7 +166,7 @@ def _sum_up(job: Job, queue: Queue, store: Store, walkers: Walkers) -> None:
         wallets_left=left,
     )
     if walkers.ended_by:
-        job.report.details["ended_by"] = walkers.ended_by
+        job.report.details["ended_by"] = one_line(walkers.ended_by)
     log.info("%s wallets are done, %s left", f"{store.states.total():,}", f"{left:,}")
 
 
@@ -199,7 +202,8 @@ class _Progress:
         since, fills_then, weight_then = self._marks[0]
         mark = self._mark()
         self._marks.append(mark)
-        rate, weight = (mark[1] - fills_then) / (now - since), 60 * (mark[2] - weight_then) / (now - since)
+        rate = (mark[1] - fills_then) / (now - since)
+        weight = 60 * (mark[2] - weight_then) / max(now - since, 60)  # as the budget counts it
         pace = f"{weight:,.0f} weight/min, {rate:,.0f} fills/s"
         left = self._left()
         self._total = max(self._total, left)

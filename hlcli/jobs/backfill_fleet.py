@@ -64,9 +64,8 @@ class Member:
         return max(self.now - self.heard_at, timedelta(0))
 
     def per_minute(self, number: int) -> float:
-        """A rate over the time of the run."""
-        minutes = (self.heard_at - self.started_at) / timedelta(minutes=1)
-        return number / minutes if minutes > 0 else 0.0
+        """A rate over the time of the run, or over its first minute: what came so far is not extrapolated."""
+        return number / max((self.heard_at - self.started_at) / timedelta(minutes=1), 1)
 
     @property
     def shard(self) -> tuple[int, int]:
@@ -191,6 +190,7 @@ def estimate(settings: Settings, options: Options) -> Estimate:
             {
                 "since": window.since,
                 "until": window.until,
+                "named": options.users is not None,
                 "shard": options.worker_id if options.own_shard else None,
                 "workers": options.total_workers,
             },

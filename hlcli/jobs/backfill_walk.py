@@ -12,7 +12,7 @@ from hlcli.budget import DeadlineError
 from hlcli.exitcodes import heed_stop
 from hlcli.http import BACKOFF_CAP_S, SourceError, StatusError
 from hlcli.jobs.backfill_store import Failed, Fetched, Item, Walked
-from hlcli.logs import log, one_line
+from hlcli.logs import log
 from hlcli.sources import user_fills
 from hlcli.sources.files import UnusableError
 from hlcli.sources.user_fills import Start
@@ -54,8 +54,8 @@ class Walkers:
         self._may_claim: float = inf if limit is None else limit
         self._pipe: Pipe[Item | BaseException] = Pipe(PIPE_PAGES)
         self._stopping, self._gone = threading.Event(), threading.Event()
-        self.ended_by: str | None = None
-        """What bound the run, where something did."""
+        self.ended_by: Exception | None = None
+        """What bound the run, where something did: its time, its weight, or a source that gave no answer in time."""
         self._claiming = threading.Lock()
         self._longest = {user_fills.FILLS: user_fills.Longest(), user_fills.SLICES: user_fills.Longest()}
         self._threads = [self._thread(self._walk_wallets) for _ in range(concurrency)]
@@ -125,7 +125,8 @@ class Walkers:
                     self._put(Failed(lease, error))
 
     def _ends_by(self, bound: Exception) -> None:
-        self.ended_by = self.ended_by or one_line(bound)
+        if not self._gone.is_set():  # else it is what ended the questions under way
+            self.ended_by = self.ended_by or bound
         self._stopping.set()
 
     def _next(self) -> Lease | None:

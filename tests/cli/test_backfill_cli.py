@@ -150,6 +150,10 @@ def test_a_huge_file_of_users_is_not_read_and_a_huge_line_not_shown(call, tmp_pa
     code, out, told = call("--users-file", str(path), DATABASE_URL=NOWHERE)
     assert (code, out) == (2, "")
     assert "is larger than 64 MB" in told
+    # Nor one whose size nobody knows.
+    code, out, told = call("--users-file", "/dev/zero", DATABASE_URL=NOWHERE)
+    assert (code, out) == (2, "")
+    assert "is larger than 64 MB" in told
     path.write_text(A + "\n" + "0x" + "a" * 100_000)
     code, out, told = call("--users-file", str(path), DATABASE_URL=NOWHERE)
     assert (code, out) == (2, "")
@@ -307,7 +311,9 @@ def test_an_estimate_counts_what_is_left_of_the_window(settings, connection):
         return estimate(settings(), Options(**options)).wallets
 
     assert left() == 4
-    assert left(until=Options().since + timedelta(days=30)) == 3
+    # What was to be done of users[2] still is: only who names it takes that back.
+    month = Options().since + timedelta(days=30)
+    assert (left(until=month), left(until=month, users=users[:6])) == (4, 2)
     assert left(since=Options().since - timedelta(days=1)) == 7
     shards = [left(own_shard=True, worker_id=number, total_workers=3) for number in range(3)]
     assert (sum(shards), left(worker_id=1, total_workers=3)) == (4, 4)

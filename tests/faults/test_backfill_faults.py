@@ -9,6 +9,7 @@ import json
 import signal
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
@@ -34,6 +35,7 @@ from waiting import until
 from wallet_tables import watch
 
 from hlcli.exitcodes import ExitCode, LockedError, exit_code_for
+from hlcli.http import SourceError
 from hlcli.jobs.backfill import Options, backfill
 from hlcli.jobs.backfill_queue import MOST_ATTEMPTS, Queue, Shard
 from hlcli.sim import Fault, Simulator
@@ -325,10 +327,10 @@ def test_a_worker_with_its_own_shard_leaves_the_others_alone(run, world, connect
 
 
 def test_what_a_worker_brings_that_slept_over_its_lease_is_refused(
-    spawn, run, sim, world, connection, done, tmp_path
+    spawn, run, sim, world, whales, connection, done, tmp_path
 ):
     users = tmp_path / "users"
-    users.write_text("\n".join(world.addresses))
+    users.write_text("\n".join(whales[:3]))  # full pages alone: all_stored() counts no questions after them
     with Gate(sim, after=6) as gate:
         sleeper = spawn(
             "backfill", "--users-file", str(users), "--page-size", str(PAGE), "--concurrency", "2", "--lease", "2s",
@@ -475,6 +477,17 @@ def test_a_deadline_leaves_the_rest_to_the_next_run_which_goes_on_inside_the_wal
     reached = round(row["coverage_to"].timestamp() * 1000)
     assert min(question.start for question in world.asked[asked:] if question.start) == reached
     done(users=[whale])
+
+
+def test_a_deadline_without_a_single_answer_is_no_success(run, sim, whales, connection):
+    sim.add_fault(Fault(FILLS, "status", times=None, status=503))
+    with pytest.raises(SourceError, match="503"):
+        run(users=whales[:2], concurrency=2, deadline=timedelta(seconds=15))
+    (ended,) = runs(connection, "backfill")
+    assert (ended["status"], ended["exit_code"]) == ("failed", ExitCode.TEMPORARY)
+    assert {(row["state"], row["attempts"]) for row in progress(connection).values()} == {("pending", 0)}
+    sim.clear_faults()
+    assert run(users=whales[:2], deadline=timedelta(seconds=15)).status == "ok"
 
 
 def test_no_more_weight_is_spent_than_was_allowed(run, sim, world, connection, done):
@@ -683,7 +696,9 @@ def test_an_answer_of_a_wrong_shape_fails_its_wallet_alone(run, sim, world, whal
 
 def test_rows_that_are_no_fills_are_quarantined_with_a_reason(run, sim, world, whales, connection):
     user = whales[0]
-    fills = [row for row in world.served_of(user, now_ms()) if row["time"] < S3_BEGINS_MS][:3]
+    served = world.served_of(user, now_ms())
+    at_once = Counter(row["time"] for row in served)
+    fills = [row for row in served if row["time"] < S3_BEGINS_MS and at_once[row["time"]] == 1][:3]
     plain = [{name: value for name, value in row.items() if name != "user"} for row in fills]
     spoilt = [
         1, None, "x", {},
@@ -694,8 +709,9 @@ def test_rows_that_are_no_fills_are_quarantined_with_a_reason(run, sim, world, w
         {**plain[1], "tid": "x"},
     ]  # fmt: skip
     body = json.dumps([plain[0], *spoilt, plain[2]])
-    sim.add_fault(Fault(FILLS, "replace", times=None, address=user, body=body))
-    report = run(users=[user])
+    sim.add_fault(Fault(FILLS, "replace", address=user, body=body))
+    # The window ends with them, as what is served of later times is not spoilt.
+    report = run(users=[user], until=datetime.fromtimestamp((plain[2]["time"] + 1) / 1000, UTC))
     assert report.numbers["served"] == 2 + len(spoilt)
     assert report.numbers["rejected"] == len(spoilt)
     assert set(connection.execute("select tid, oid from fills")) == {
