@@ -27,8 +27,10 @@ from twap_status
 where wallet = %(wallet)s and twap_id in (
     select twap_id from twap_status
     where wallet = %(wallet)s and twap_id in (
-        -- A TWAP runs for a day at most: of an old wallet's thousands only a few can be meant.
-        select twap_id from twap_status where wallet = %(wallet)s and ts between %(start)s and %(end)s + interval '31 days'
+        -- A TWAP runs for a day at most: of an old wallet's thousands only a few can be meant. What says when it was
+        -- created may be either of the two times.
+        select twap_id from twap_status
+        where wallet = %(wallet)s and ts between %(start)s - interval '31 days' and %(end)s + interval '31 days'
         union all
         select twap_id from twap_status
         where wallet = %(wallet)s and created_at between %(start)s - interval '31 days' and %(end)s)

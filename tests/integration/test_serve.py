@@ -347,6 +347,21 @@ def test_active_is_from_the_creation_to_the_end_or_for_as_long_as_was_planned(as
     assert alive(11, 20) == [5, 6]
 
 
+def test_a_twap_may_be_alive_where_one_row_alone_tells_of_it_and_another_of_later(ask, add):
+    add(ts=DAY + timedelta(minutes=172), status="error", created_at=None, ts_kind="creation")
+    late = DAY + timedelta(minutes=236)
+    add(
+        ts=DAY + timedelta(minutes=71),
+        status="error",
+        created_at=late,
+        ts_kind="creation",
+        duration_minutes=126,
+    )
+    start, end = (DAY + timedelta(minutes=minutes) for minutes in (196, 232))
+    told = ask(start=start.isoformat(), end=end.isoformat(), by="active")
+    assert [twap["latest_ts"] for twap in told["twaps"]] == ["2025-11-03T02:52:00Z"]
+
+
 def test_every_choice_is_what_a_plain_reading_of_the_rules_gives(ask, add, rng):
     rows = {}
     for _ in range(60):
