@@ -29,6 +29,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
 _SEED = int(os.environ.get("HLCLI_SEED") or random.SystemRandom().randrange(2**32))
+os.environ["HLCLI_SEED"] = str(_SEED)  # the processes of pytest-xdist draw from it, too
 # What would make a test depend on whoever runs it.
 _OURS = ("HL_", "HLCLI_", "DATABASE_URL", "AWS_", "PG", "API_", "POLYMARKET_", "DEFILLAMA_")
 _KEPT = {"HLCLI_RECORDED", "HLCLI_SEED", "HLCLI_TEST_DATABASE_URL"}
