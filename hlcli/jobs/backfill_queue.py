@@ -36,6 +36,7 @@ ENLIST_LOCK = 2
 # A wallet over which so many workers in a row ended is left alone.
 MOST_ATTEMPTS = 5
 LOOK_AGAIN_S = 1.0
+RELEASES, RELEASE_AGAIN_S = 20, 0.1
 # How far from the limit a wallet's number of fills may be when it was cut off there: some come while we count.
 NEAR_LIMIT = HISTORY_LIMIT // 50
 COUNTED_AT_ONCE = timedelta(days=30)
@@ -171,8 +172,12 @@ class Queue:
         self.connection.execute(query("backfill", "renew"), self._values)
 
     def release(self) -> None:
-        """Give back what is still leased."""
-        self.connection.execute(query("backfill", "release"), self._values)
+        """Give back what is still leased; what a transaction holds that is about to end, a moment later."""
+        for _ in range(RELEASES):
+            self.connection.execute(query("backfill", "release"), self._values)
+            if self.connection.execute(query("backfill", "holds_any"), self._values).fetchone() == (False,):
+                break
+            time.sleep(RELEASE_AGAIN_S)
 
     def uncovered(self, window: Window) -> int:
         """How many of the wallets that were named are not covered, be it that another run asked for another window."""

@@ -167,6 +167,9 @@ set state = 'pending', attempts = greatest(attempts - 1, 0),
 where user_address in (select user_address from backfill_progress
                        where state = 'running' and lease_owner = %(owner)s for update skip locked)
 
+-- name: holds_any
+select exists (select from backfill_progress where state = 'running' and lease_owner = %(owner)s)
+
 -- name: left
 select count(*), count(*) filter (where %(shard)s::integer is null or backfill_shard(user_address, %(workers)s) = %(shard)s)
 from backfill_progress

@@ -640,6 +640,19 @@ def test_renewing_does_not_wait_for_a_page_that_is_being_stored(connection, work
     assert states(connection) == {A: "running", B: "pending"}
 
 
+def test_what_a_transaction_holds_that_is_ending_is_given_back_after_it(connection, worker, database):
+    enlist(connection, [A, B])
+    queue = worker()
+    leases = queue.claim(2)
+    with psycopg.connect(database) as store, ThreadPoolExecutor(1) as pool:
+        assert keep_page(store, page(leases[0], (START_MS, END_MS)), lasts=DAY)
+        releasing = pool.submit(queue.release)
+        until(lambda: states(connection) == {A: "running", B: "pending"}, "the one that nothing holds")
+        store.rollback()
+        releasing.result(60)
+    assert states(connection) == {A: "pending", B: "pending"}
+
+
 def test_what_is_given_back_waits_as_if_it_had_not_been_leased(connection, worker):
     enlist(connection, [A, B, C, D])
     queue, other = worker(), worker()
