@@ -303,15 +303,11 @@ def _goes_on(ask: Ask, part: _Part, answer: _Answer, page_size: int) -> bool:
     low, high = answer.low, answer.high
     if low is None or high is None:
         return False
-    newer, older = _Part(high, part.end, Start.PLAIN), _Part(part.start, low + 1, Start.PLAIN)
-    # Of a single millisecond nobody knows from which end it was served.
-    sides = (
-        [(older, low)]
-        if answer.descending
-        else [(newer, high), (older, low)]
-        if low == high
-        else [(newer, high)]
-    )
+    sides = []
+    if not answer.descending:
+        sides.append((_Part(high, part.end, Start.PLAIN), high))
+    if answer.descending or low == high:  # of a single millisecond nobody knows from which end it was served
+        sides.append((_Part(part.start, low + 1, Start.PLAIN), low))
     for side, edge in sides:
         if side.start < side.end:
             rest = _read(ask(side.start, side.end - 1), side, page_size, answer.descending, unended=False)
